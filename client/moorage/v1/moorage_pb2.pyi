@@ -1,0 +1,487 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ModelSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_SOURCE_UNSPECIFIED: _ClassVar[ModelSource]
+    MODEL_SOURCE_HUGGINGFACE: _ClassVar[ModelSource]
+    MODEL_SOURCE_KAGGLE: _ClassVar[ModelSource]
+    MODEL_SOURCE_GCS: _ClassVar[ModelSource]
+    MODEL_SOURCE_INTERNAL: _ClassVar[ModelSource]
+    MODEL_SOURCE_MAXTEXT: _ClassVar[ModelSource]
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_ID_UNPARSEABLE: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_FAMILY_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_CONFIG_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_UNSUPPORTED: _ClassVar[ErrorReason]
+    ERROR_REASON_SOURCE_NOT_ALLOWED: _ClassVar[ErrorReason]
+    ERROR_REASON_SOURCE_UNAVAILABLE: _ClassVar[ErrorReason]
+    ERROR_REASON_DISK_FULL: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_PATH_REQUIRED: _ClassVar[ErrorReason]
+    ERROR_REASON_SOURCE_AUTH_REQUIRED: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_CORRUPT: _ClassVar[ErrorReason]
+    ERROR_REASON_DEVICE_BUDGET_EXCEEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_QUEUE_FULL: _ClassVar[ErrorReason]
+    ERROR_REASON_SERVER_DRAINING: _ClassVar[ErrorReason]
+    ERROR_REASON_LOAD_CANCELLED: _ClassVar[ErrorReason]
+    ERROR_REASON_LEASE_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_PERMISSION_DENIED: _ClassVar[ErrorReason]
+    ERROR_REASON_LIMIT_EXCEEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_LEASED: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_NOT_LOADED: _ClassVar[ErrorReason]
+    ERROR_REASON_WEIGHTS_VERSION_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_SEQUENCE_TOO_LONG: _ClassVar[ErrorReason]
+    ERROR_REASON_OUTPUT_TOO_LARGE: _ClassVar[ErrorReason]
+    ERROR_REASON_TOKEN_OUT_OF_RANGE: _ClassVar[ErrorReason]
+    ERROR_REASON_ROW_EMPTY: _ClassVar[ErrorReason]
+    ERROR_REASON_OUTPUT_NOT_SERVED: _ClassVar[ErrorReason]
+    ERROR_REASON_NON_FINITE_OUTPUT: _ClassVar[ErrorReason]
+    ERROR_REASON_ACCELERATOR_BUSY: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_REQUEST: _ClassVar[ErrorReason]
+    ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+
+class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
+    MODEL_STATE_QUEUED: _ClassVar[ModelState]
+    MODEL_STATE_RESOLVING: _ClassVar[ModelState]
+    MODEL_STATE_LOADING: _ClassVar[ModelState]
+    MODEL_STATE_READY: _ClassVar[ModelState]
+    MODEL_STATE_DRAINING: _ClassVar[ModelState]
+    MODEL_STATE_UNLOADED: _ClassVar[ModelState]
+    MODEL_STATE_FAILED: _ClassVar[ModelState]
+    MODEL_STATE_CANCELLED: _ClassVar[ModelState]
+MODEL_SOURCE_UNSPECIFIED: ModelSource
+MODEL_SOURCE_HUGGINGFACE: ModelSource
+MODEL_SOURCE_KAGGLE: ModelSource
+MODEL_SOURCE_GCS: ModelSource
+MODEL_SOURCE_INTERNAL: ModelSource
+MODEL_SOURCE_MAXTEXT: ModelSource
+ERROR_REASON_UNSPECIFIED: ErrorReason
+ERROR_REASON_MODEL_ID_UNPARSEABLE: ErrorReason
+ERROR_REASON_MODEL_FAMILY_UNKNOWN: ErrorReason
+ERROR_REASON_CONFIG_UNKNOWN: ErrorReason
+ERROR_REASON_CHECKPOINT_UNSUPPORTED: ErrorReason
+ERROR_REASON_SOURCE_NOT_ALLOWED: ErrorReason
+ERROR_REASON_SOURCE_UNAVAILABLE: ErrorReason
+ERROR_REASON_DISK_FULL: ErrorReason
+ERROR_REASON_MODEL_PATH_REQUIRED: ErrorReason
+ERROR_REASON_SOURCE_AUTH_REQUIRED: ErrorReason
+ERROR_REASON_CHECKPOINT_NOT_FOUND: ErrorReason
+ERROR_REASON_CHECKPOINT_MISMATCH: ErrorReason
+ERROR_REASON_CHECKPOINT_CORRUPT: ErrorReason
+ERROR_REASON_DEVICE_BUDGET_EXCEEDED: ErrorReason
+ERROR_REASON_QUEUE_FULL: ErrorReason
+ERROR_REASON_SERVER_DRAINING: ErrorReason
+ERROR_REASON_LOAD_CANCELLED: ErrorReason
+ERROR_REASON_LEASE_UNKNOWN: ErrorReason
+ERROR_REASON_PERMISSION_DENIED: ErrorReason
+ERROR_REASON_LIMIT_EXCEEDED: ErrorReason
+ERROR_REASON_MODEL_LEASED: ErrorReason
+ERROR_REASON_MODEL_NOT_LOADED: ErrorReason
+ERROR_REASON_WEIGHTS_VERSION_MISMATCH: ErrorReason
+ERROR_REASON_SEQUENCE_TOO_LONG: ErrorReason
+ERROR_REASON_OUTPUT_TOO_LARGE: ErrorReason
+ERROR_REASON_TOKEN_OUT_OF_RANGE: ErrorReason
+ERROR_REASON_ROW_EMPTY: ErrorReason
+ERROR_REASON_OUTPUT_NOT_SERVED: ErrorReason
+ERROR_REASON_NON_FINITE_OUTPUT: ErrorReason
+ERROR_REASON_ACCELERATOR_BUSY: ErrorReason
+ERROR_REASON_INVALID_REQUEST: ErrorReason
+ERROR_REASON_INTERNAL: ErrorReason
+MODEL_STATE_UNSPECIFIED: ModelState
+MODEL_STATE_QUEUED: ModelState
+MODEL_STATE_RESOLVING: ModelState
+MODEL_STATE_LOADING: ModelState
+MODEL_STATE_READY: ModelState
+MODEL_STATE_DRAINING: ModelState
+MODEL_STATE_UNLOADED: ModelState
+MODEL_STATE_FAILED: ModelState
+MODEL_STATE_CANCELLED: ModelState
+
+class ModelSpec(_message.Message):
+    __slots__ = ("model_id", "source", "model_path", "revision", "model_download_path", "dtype", "compute_dtype")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DOWNLOAD_PATH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    source: ModelSource
+    model_path: str
+    revision: str
+    model_download_path: str
+    dtype: str
+    compute_dtype: str
+    def __init__(self, model_id: _Optional[str] = ..., source: _Optional[_Union[ModelSource, str]] = ..., model_path: _Optional[str] = ..., revision: _Optional[str] = ..., model_download_path: _Optional[str] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ...) -> None: ...
+
+class ModelName(_message.Message):
+    __slots__ = ("model_id", "model_name", "model_family", "model_version", "model_config_category", "model_config_id")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_CONFIG_CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_CONFIG_ID_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    model_name: str
+    model_family: str
+    model_version: str
+    model_config_category: str
+    model_config_id: str
+    def __init__(self, model_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_family: _Optional[str] = ..., model_version: _Optional[str] = ..., model_config_category: _Optional[str] = ..., model_config_id: _Optional[str] = ...) -> None: ...
+
+class ConfigSummary(_message.Message):
+    __slots__ = ("family", "num_layers", "vocab_size", "embed_dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "num_parameters")
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EMBED_DIM_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_DIM_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    family: str
+    num_layers: int
+    vocab_size: int
+    embed_dim: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_parameters: int
+    def __init__(self, family: _Optional[str] = ..., num_layers: _Optional[int] = ..., vocab_size: _Optional[int] = ..., embed_dim: _Optional[int] = ..., hidden_dim: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., num_parameters: _Optional[int] = ...) -> None: ...
+
+class DeviceBytes(_message.Message):
+    __slots__ = ("device_id", "bytes")
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    device_id: int
+    bytes: int
+    def __init__(self, device_id: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ResolveNameRequest(_message.Message):
+    __slots__ = ("model", "check_source", "estimate")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHECK_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    model: ModelSpec
+    check_source: bool
+    estimate: bool
+    def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ..., check_source: bool = ..., estimate: bool = ...) -> None: ...
+
+class ResolveNameResponse(_message.Message):
+    __slots__ = ("name", "checked", "loadable", "reason", "message", "config", "revision", "device_bytes", "preset_differences")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CHECKED_FIELD_NUMBER: _ClassVar[int]
+    LOADABLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PRESET_DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    name: ModelName
+    checked: _containers.RepeatedScalarFieldContainer[str]
+    loadable: bool
+    reason: str
+    message: str
+    config: ConfigSummary
+    revision: str
+    device_bytes: _containers.RepeatedCompositeFieldContainer[DeviceBytes]
+    preset_differences: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[_Union[ModelName, _Mapping]] = ..., checked: _Optional[_Iterable[str]] = ..., loadable: bool = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., revision: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., preset_differences: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListSupportedModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SupportedModel(_message.Message):
+    __slots__ = ("model_config_id", "model_config_category", "config")
+    MODEL_CONFIG_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_CONFIG_CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    model_config_id: str
+    model_config_category: str
+    config: ConfigSummary
+    def __init__(self, model_config_id: _Optional[str] = ..., model_config_category: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ...) -> None: ...
+
+class ListSupportedModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[SupportedModel]
+    def __init__(self, models: _Optional[_Iterable[_Union[SupportedModel, _Mapping]]] = ...) -> None: ...
+
+class LoadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: ModelSpec
+    def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ...) -> None: ...
+
+class LoadModelResponse(_message.Message):
+    __slots__ = ("progress", "model")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    progress: LoadProgress
+    model: Model
+    def __init__(self, progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class StageProgress(_message.Message):
+    __slots__ = ("stage", "done", "total", "rate")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    done: int
+    total: int
+    rate: float
+    def __init__(self, stage: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., rate: _Optional[float] = ...) -> None: ...
+
+class LoadProgress(_message.Message):
+    __slots__ = ("state", "stages", "waiters", "elapsed")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    WAITERS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_FIELD_NUMBER: _ClassVar[int]
+    state: ModelState
+    stages: _containers.RepeatedCompositeFieldContainer[StageProgress]
+    waiters: int
+    elapsed: _duration_pb2.Duration
+    def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., stages: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., waiters: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
+    LOAD_DURATION_FIELD_NUMBER: _ClassVar[int]
+    LAST_USE_TIME_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PRESET_DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    state: ModelState
+    name: ModelName
+    spec: ModelSpec
+    revision: str
+    path: str
+    config: ConfigSummary
+    dtype: str
+    compute_dtype: str
+    device_bytes: _containers.RepeatedCompositeFieldContainer[DeviceBytes]
+    load_time: _timestamp_pb2.Timestamp
+    load_duration: _duration_pb2.Duration
+    last_use_time: _timestamp_pb2.Timestamp
+    forward_count: int
+    token_count: int
+    progress: LoadProgress
+    preset_differences: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("handle",)
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    def __init__(self, handle: _Optional[str] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class UnloadModelRequest(_message.Message):
+    __slots__ = ("handle",)
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    def __init__(self, handle: _Optional[str] = ...) -> None: ...
+
+class UnloadModelResponse(_message.Message):
+    __slots__ = ("device_bytes",)
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    device_bytes: _containers.RepeatedCompositeFieldContainer[DeviceBytes]
+    def __init__(self, device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ...) -> None: ...
+
+class OutputSpec(_message.Message):
+    __slots__ = ("logprobs", "logits")
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    logprobs: bool
+    logits: bool
+    def __init__(self, logprobs: bool = ..., logits: bool = ...) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("handle", "token_ids", "row_lengths", "segment_ids", "outputs")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    row_lengths: _containers.RepeatedScalarFieldContainer[int]
+    segment_ids: _containers.RepeatedScalarFieldContainer[int]
+    outputs: OutputSpec
+    def __init__(self, handle: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ..., segment_ids: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Union[OutputSpec, _Mapping]] = ...) -> None: ...
+
+class TensorHeader(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ForwardHeader(_message.Message):
+    __slots__ = ("handle", "model_id", "revision", "dtype", "compute_dtype", "tensors", "queue_time", "execute_time", "semantics")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_TIME_FIELD_NUMBER: _ClassVar[int]
+    SEMANTICS_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    model_id: str
+    revision: str
+    dtype: str
+    compute_dtype: str
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
+    queue_time: _duration_pb2.Duration
+    execute_time: _duration_pb2.Duration
+    semantics: Semantics
+    def __init__(self, handle: _Optional[str] = ..., model_id: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., queue_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., semantics: _Optional[_Union[Semantics, _Mapping]] = ...) -> None: ...
+
+class Semantics(_message.Message):
+    __slots__ = ("temperature", "head_dtype", "first_token")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    head_dtype: str
+    first_token: str
+    def __init__(self, temperature: _Optional[float] = ..., head_dtype: _Optional[str] = ..., first_token: _Optional[str] = ...) -> None: ...
+
+class TensorChunk(_message.Message):
+    __slots__ = ("tensor", "offset", "crc32c", "data")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    offset: int
+    crc32c: int
+    data: bytes
+    def __init__(self, tensor: _Optional[int] = ..., offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: ForwardHeader
+    chunk: TensorChunk
+    def __init__(self, header: _Optional[_Union[ForwardHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("id", "kind", "model_bytes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    kind: str
+    model_bytes: int
+    def __init__(self, id: _Optional[int] = ..., kind: _Optional[str] = ..., model_bytes: _Optional[int] = ...) -> None: ...
+
+class MeshAxis(_message.Message):
+    __slots__ = ("name", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class Bucket(_message.Message):
+    __slots__ = ("rows", "length")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    length: int
+    def __init__(self, rows: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes")
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_message_bytes: int
+    max_sequence_length: int
+    max_output_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ...) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLATFORM_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    MESH_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    platform: str
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    mesh: _containers.RepeatedCompositeFieldContainer[MeshAxis]
+    buckets: _containers.RepeatedCompositeFieldContainer[Bucket]
+    limits: Limits
+    sources: _containers.RepeatedScalarFieldContainer[ModelSource]
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    start_time: _timestamp_pb2.Timestamp
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,120 @@
+"""Loads models in process, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
+
+from moorage_models.checkpoint import Checkpoint, open_checkpoint
+from moorage_models.config import ModelConfig
+from moorage_models.decoder import Decoder
+from moorage_models.monitor import LoadMonitor
+from moorage_models.placement import numpy_dtype, place
+from moorage_models.sources import ModelRequest, ModelSource
+
+
+class AutoModel:
+    """Loads a model by its id, as Tunix's class of this name does."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str,
+        mesh: Mesh,
+        model_source: ModelSource = ModelSource.HUGGINGFACE,
+        model_path: str | None = None,
+        model_download_path: str | None = None,
+        *,
+        revision: str = "",
+        dtype: DTypeLike | None = None,
+        compute_dtype: DTypeLike | None = None,
+        config: ModelConfig | None = None,
+    ) -> tuple[Decoder, str]:
+        """Finds, checks, fetches and places a model.
+
+        Args:
+            model_id: A Hugging Face id, or a config id.
+            mesh: The device mesh, with axes among `fsdp` and `tp`.
+            model_source: Where the checkpoint is kept.
+            model_path: Where within the source.
+            model_download_path: Where files are put; the source's own cache if left out.
+            revision: A branch, tag or commit.
+            dtype: Dtype of the parameters; as stored if left out.
+            compute_dtype: Dtype of the arithmetic; the parameters' if left out.
+            config: Overrides the checkpoint's own configuration.
+
+        Returns:
+            The model, and the path that it was read from.
+
+        Raises:
+            ModelError: Whatever stands in the way, before anything is fetched where possible.
+        """
+        request = ModelRequest(
+            model_id,
+            ModelSource(model_source),
+            model_path or "",
+            revision,
+            model_download_path or "",
+            _name(dtype),
+            _name(compute_dtype),
+        )
+        checkpoint = open_checkpoint(request, config=config)
+        mesh = auto_mesh(mesh)
+        params, folder = load(checkpoint, mesh)
+        return Decoder(checkpoint.config, mesh, params, checkpoint.compute_dtype), str(folder)
+
+
+def create_model_from_safe_tensors(
+    file_dir: str, config: ModelConfig | None, mesh: Mesh, dtype: DTypeLike | None = None
+) -> Decoder:
+    """Loads a Hugging Face folder, as Tunix's function of this name does.
+
+    Args:
+        file_dir: The folder.
+        config: The configuration; the folder's own `config.json` if None.
+        mesh: The device mesh.
+        dtype: Dtype of the parameters; as stored if left out.
+
+    Raises:
+        ModelError: Whatever stands in the way.
+    """
+    model, _ = AutoModel.from_pretrained(
+        Path(file_dir).name, mesh, ModelSource.INTERNAL, file_dir, dtype=dtype, config=config
+    )
+    return model
+
+
+def load(
+    checkpoint: Checkpoint, mesh: Mesh, monitor: LoadMonitor | None = None
+) -> tuple[dict[str, jax.Array], Path]:
+    """Fetches a checkpoint and places it on a mesh: all loads, in process or not, go here.
+
+    Args:
+        checkpoint: What to load.
+        mesh: The device mesh, axes Auto.
+        monitor: Told of progress; may cancel the load.
+
+    Returns:
+        The parameters by name, and the folder that they were read from.
+
+    Raises:
+        ModelError: The source failed, the files are damaged, or the load was cancelled.
+    """
+    monitor = monitor or LoadMonitor()
+    folder = checkpoint.repository.fetch(checkpoint.plan.files, monitor)
+    return place(checkpoint.plan, folder, mesh, monitor), folder
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The same mesh with Auto axes; `jax.make_mesh` makes Explicit ones by default."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _name(dtype: DTypeLike | None) -> str:
+    if dtype is None:
+        return ""
+    return (numpy_dtype(dtype) if isinstance(dtype, str) else np.dtype(dtype)).name

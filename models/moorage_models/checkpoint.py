@@ -1,0 +1,87 @@
+"""A checkpoint that was looked into: what it is, and the plan to load it. No weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moorage_models.config import ModelConfig
+from moorage_models.errors import ModelError, Reason
+from moorage_models.headers import ITEM_BYTES, read_headers, read_json
+from moorage_models.hf_config import read_config
+from moorage_models.naming import ModelNaming, preset_for
+from moorage_models.plan import Plan, make_plan
+from moorage_models.sources import ModelRequest, Policy, Repository, open_repository
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, resolved.
+
+    Attributes:
+        request: What was asked for.
+        repository: Where the files are.
+        naming: The naming attributes; None for an id that follows no rule, which only labels.
+        plan: The plan of its load.
+        compute_dtype: Dtype of the arithmetic.
+        preset_differences: Where the checkpoint's config differs from the preset of its id.
+    """
+
+    request: ModelRequest
+    repository: Repository
+    naming: ModelNaming | None
+    plan: Plan
+    compute_dtype: str
+    preset_differences: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's configuration."""
+        return self.plan.config
+
+
+def open_checkpoint(
+    request: ModelRequest, policy: Policy | None = None, config: ModelConfig | None = None
+) -> Checkpoint:
+    """Looks into a source and plans a load, from metadata and headers alone.
+
+    Args:
+        request: What is wanted.
+        policy: What may be read; None allows everything.
+        config: Overrides the checkpoint's own configuration.
+
+    Raises:
+        ModelError: Whatever stands in the way of a load, with the reason.
+    """
+    for dtype in (request.dtype, request.compute_dtype):
+        if dtype and dtype not in ITEM_BYTES:
+            raise ModelError(
+                Reason.INVALID_REQUEST, f"dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}"
+            )
+    repository = open_repository(request, policy or Policy())
+    naming = name_of(request.model_id)
+    differences: list[str] = []
+    if config is None and "config.json" in repository.files:
+        config = read_config(read_json(repository, "config.json"))
+        differences = _cross_check(config, naming)
+    tensors = read_headers(repository)
+    if config is None:
+        config = preset_for(ModelNaming(model_id=request.model_id).model_config_id)
+    plan = make_plan(config, tensors, request.dtype)
+    compute = request.compute_dtype or plan.dtype
+    return Checkpoint(request, repository, naming, plan, compute, tuple(differences))
+
+
+def name_of(model_id: str) -> ModelNaming | None:
+    """The naming attributes of an id, or None if it follows no rule."""
+    try:
+        return ModelNaming(model_id=model_id)
+    except ModelError:
+        return None
+
+
+def _cross_check(config: ModelConfig, naming: ModelNaming | None) -> list[str]:
+    try:
+        preset = preset_for(naming.model_config_id) if naming else None
+    except ModelError:
+        preset = None
+    return config.differences(preset) if preset else []

@@ -1,0 +1,146 @@
+"""What a Hugging Face checkpoint holds, from its index and its safetensors headers alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moorage_models.errors import ModelError, Reason
+from moorage_models.sources.source import Repository
+
+INDEX = "model.safetensors.index.json"
+
+#: Stored dtypes and their numpy names; any other means a quantised checkpoint.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: Its name in the file.
+        file: The file that holds it.
+        dtype: numpy name of its dtype.
+        shape: Its shape.
+        offset: Where in the file its bytes begin.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def read_json(repository: Repository, name: str) -> dict[str, Any]:
+    """A small JSON file of a checkpoint.
+
+    Raises:
+        ModelError: CHECKPOINT_CORRUPT if it is not a JSON object.
+    """
+    size = repository.files[name]
+    if size > _MAX_JSON_BYTES:
+        raise _corrupt(f"{name} has {size} bytes, too many for a JSON file")
+    try:
+        value = json.loads(repository.read(name, 0, size))
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(f"{name} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise _corrupt(f"{name} holds no JSON object")
+    return value
+
+
+def read_headers(repository: Repository) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint, by name.
+
+    With an index, the index decides which files belong to it. Without one, `model.safetensors`
+    does, or the only safetensors file there is.
+
+    Raises:
+        ModelError: CHECKPOINT_NOT_FOUND without safetensors files; CHECKPOINT_CORRUPT if a file is
+            missing, cut short or malformed; CHECKPOINT_UNSUPPORTED for dtypes that are not plain.
+    """
+    if INDEX in repository.files:
+        return _read_indexed(repository)
+    candidates = fnmatch.filter(repository.files, "*.safetensors")
+    if "model.safetensors" in candidates:
+        candidates = ["model.safetensors"]
+    if len(candidates) != 1:
+        found = ", ".join(sorted(candidates)) or "no safetensors file"
+        raise ModelError(
+            Reason.CHECKPOINT_NOT_FOUND,
+            f"{repository.label} holds {found}; wanted {INDEX} or model.safetensors",
+        )
+    return {tensor.name: tensor for tensor in _read_file(repository, candidates[0])}
+
+
+def _read_indexed(repository: Repository) -> dict[str, StoredTensor]:
+    weight_map = read_json(repository, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise _corrupt(f"{INDEX} has no weight_map from tensors to files")
+    files = sorted(set(weight_map.values()))
+    if missing := [name for name in files if name not in repository.files]:
+        raise _corrupt(f"{INDEX} names files that are not there: {', '.join(missing)}")
+    stored = {t.name: t for name in files for t in _read_file(repository, name)}
+    wanted = {name: stored[name] for name in weight_map if name in stored}
+    lost = [n for n, file in weight_map.items() if n not in wanted or wanted[n].file != file]
+    if lost:
+        raise _corrupt(f"{INDEX} places tensors in files that lack them: {', '.join(lost[:5])}")
+    return wanted
+
+
+def _read_file(repository: Repository, name: str) -> list[StoredTensor]:
+    """The header of one file: eight bytes of length, JSON, then the data without gaps."""
+    size = repository.files[name]
+    length = int.from_bytes(repository.read(name, 0, 8), "little") if size >= 8 else size
+    start = 8 + length
+    if length > _MAX_HEADER_BYTES or start > size:
+        raise _corrupt(f"{name} has {size} bytes but states a header of {length}")
+    try:
+        header = json.loads(repository.read(name, 8, start))
+        entries = {key: value for key, value in header.items() if key != "__metadata__"}
+        spans = {key: _span(key, entry) for key, entry in entries.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise _corrupt(f"{name} has a malformed header: {error}") from error
+    end = 0
+    for key, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != end:
+            raise _corrupt(f"{name} has a gap or an overlap before tensor {key}")
+        end = stop
+    if start + end != size:
+        raise _corrupt(f"{name} has {size} bytes where its header states {start + end}")
+    return [_tensor(key, name, entry, start + spans[key][0]) for key, entry in entries.items()]
+
+
+def _span(key: str, entry: Mapping[str, Any]) -> tuple[int, int]:
+    begin, stop = (int(x) for x in entry["data_offsets"])
+    shape, dtype = [int(x) for x in entry["shape"]], DTYPES.get(entry["dtype"])
+    if begin < 0 or stop < begin or any(x < 0 for x in shape):
+        raise ValueError(f"tensor {key} has a negative size")
+    if dtype and stop - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"tensor {key} has {stop - begin} bytes, not those of its shape")
+    return begin, stop
+
+
+def _tensor(key: str, file: str, entry: Mapping[str, Any], offset: int) -> StoredTensor:
+    # A dtype that is not plain is kept as it is: only a tensor that the plan needs is refused.
+    dtype = DTYPES.get(entry["dtype"], str(entry["dtype"]))
+    return StoredTensor(key, file, dtype, tuple(entry["shape"]), offset)
+
+
+def _corrupt(message: str) -> ModelError:
+    return ModelError(Reason.CHECKPOINT_CORRUPT, message)

@@ -1,0 +1,151 @@
+"""Products, norms and rotary embeddings: the arithmetic that every layer shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from moorage_models.config import ModelConfig, RopeScaling
+from moorage_models.parameters import PARAMETERS
+from moorage_models.sharding import FSDP, TP, Spec, compute_spec, splits_over_tp
+
+
+def contract(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
+    """The einsum of two arrays: every product of the decoder goes through here.
+
+    Sums are kept in float32. float32 operands are multiplied in full: a TPU's default would
+    round them to bfloat16 first.
+
+    Args:
+        subscripts: As in `jnp.einsum`.
+        a: Left operand.
+        b: Right operand, of the same dtype.
+        dtype: Dtype of the result.
+    """
+    with jax.named_scope("contract"):
+        return jnp.einsum(
+            subscripts,
+            a,
+            b,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        ).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Multiplies by parameters, wherever they are laid on the mesh.
+
+    Attributes:
+        config: The decoder's configuration.
+        mesh: The device mesh; axes are Auto.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+
+    def project(
+        self, x: Float[Array, "b t i"], name: str, weight: Float[Array, "o i"]
+    ) -> Float[Array, "b t o"]:
+        """`x @ weight.T` in the dtype of `x`, with the weight gathered over fsdp first."""
+        y = contract("bti,oi->bto", x, self.gather(name, weight, x.dtype), x.dtype)
+        return self.activation(y, _letters(name, weight)[0])
+
+    def gather(self, name: str, weight: Array, dtype: DTypeLike) -> Array:
+        """A parameter as it is multiplied: cast, gathered over fsdp, split over tp by units.
+
+        The gather is stated, never left to the partitioner: its choice would depend on the
+        mesh, and with it the bits.
+        """
+        spec = compute_spec(_letters(name, weight), self.config, dict(self.mesh.shape))
+        return self._lay(weight.astype(dtype), partition(spec))
+
+    def activation(self, x: Array, letter: str = "d") -> Array:
+        """Splits activations `[batch, ..., letter]`: batch over fsdp, the last axis over tp."""
+        return self.constrain(x, x.ndim - 1 if self._on_tp(letter) else None)
+
+    def heads(self, x: Array) -> Array:
+        """Splits `[batch, tokens, heads, ...]`: batch over fsdp, heads over tp if they divide."""
+        return self.constrain(x, 2 if self._on_tp("n") else None)
+
+    def constrain(self, x: Array, tp_axis: int | None) -> Array:
+        """States the layout of activations whose first axis is the batch."""
+        ways = self.mesh.shape.get(FSDP, 1)
+        axes: list[str | None] = [None] * x.ndim
+        if ways > 1 and x.shape[0] % ways == 0:
+            axes[0] = FSDP
+        if tp_axis is not None:
+            axes[tp_axis] = TP
+        return self._lay(x, PartitionSpec(*axes))
+
+    def _lay(self, x: Array, spec: PartitionSpec) -> Array:
+        laid: Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return laid
+
+    def _on_tp(self, letter: str) -> bool:
+        return splits_over_tp(letter, self.config, dict(self.mesh.shape))
+
+
+def _letters(name: str, weight: Array) -> list[str]:
+    """The axes' letters; a single expert has only the trailing ones."""
+    return PARAMETERS[name].axes.split()[-weight.ndim :]
+
+
+def partition(spec: Spec) -> PartitionSpec:
+    """A spec in jax's form."""
+    return PartitionSpec(*(split or None for split in spec))
+
+
+def rms_norm(
+    x: Float[Array, "*batch d"], weight: Float[Array, " d"], eps: float, *, offset: bool
+) -> Float32[Array, "*batch d"]:
+    """Root-mean-square norm in float32 (Zhang and Sennrich 2019); `offset` scales by `1 + w`."""
+    x = x.astype(jnp.float32)
+    scale = weight.astype(jnp.float32) + (1.0 if offset else 0.0)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float32[np.ndarray, " half"]:
+    """Rotary angular frequencies, in radians a position (Su et al. 2021).
+
+    Computed in float32, as the reference implementations do. `llama3` scaling follows the
+    reference code published with Llama 3.1.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies: np.ndarray = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    if scaling is None:
+        return frequencies
+    slow = frequencies / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position * frequencies / np.float32(2 * np.pi)
+    blend = np.clip((turns - low) / np.float32(high - low), 0, 1)
+    blended: np.ndarray = ((1 - blend) * slow + blend * frequencies).astype(np.float32)
+    return blended
+
+
+def rotate(
+    x: Float[Array, "b t heads h"],
+    positions: Int[Array, "b t"],
+    frequencies: Float32[Array, " half"],
+) -> Float[Array, "b t heads h"]:
+    """Turns each pair `(x[i], x[i + h/2])` by `position * frequency`, in float32."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """`cap * tanh(x / cap)`, or `x` without a cap (Gemma 2)."""
+    return x if cap is None else jnp.tanh(x / cap) * cap

@@ -1,0 +1,117 @@
+"""INTERNAL: a directory that this machine can read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moorage_models.errors import ModelError, Reason
+from moorage_models.monitor import LoadMonitor
+from moorage_models.sources.source import ModelRequest, Policy
+
+_COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A checkpoint in a directory.
+
+    Attributes:
+        folder: The directory, without symbolic links.
+        label: The path as the caller gave it.
+        files: Sizes of the files directly in it.
+        revision: Digest of the files' names, sizes and times of change.
+        copy_to: Where files are copied before they are read; None reads them in place.
+    """
+
+    folder: Path
+    label: str
+    files: Mapping[str, int]
+    revision: str
+    copy_to: Path | None = None
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes `start .. stop` of a file."""
+        with open(self.folder / name, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
+        """The folder itself, or the one that the files were copied to."""
+        if self.copy_to is None:
+            return self.folder
+        monitor.expect("fetch", sum(self.files[name] for name in names))
+        self.copy_to.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            for size in _copy(self.folder / name, self.copy_to / name):
+                monitor.advance("fetch", size)
+        return self.copy_to
+
+
+def open_directory(request: ModelRequest, policy: Policy) -> Directory:
+    """The directory that a request names.
+
+    Raises:
+        ModelError: MODEL_PATH_REQUIRED without a path; SOURCE_NOT_ALLOWED outside the roots;
+            CHECKPOINT_NOT_FOUND if there is no such directory.
+    """
+    if not request.model_path:
+        raise ModelError(
+            Reason.MODEL_PATH_REQUIRED,
+            f"source INTERNAL needs the directory that holds {request.model_id} as model_path",
+        )
+    folder = _within_roots(request.model_path, policy)
+    if not folder.is_dir():
+        raise ModelError(
+            Reason.CHECKPOINT_NOT_FOUND, f"there is no directory {request.model_path!r}"
+        )
+    copy_to = _within_roots(request.download_path, policy) if request.download_path else None
+    stats = {entry.name: entry.stat() for entry in os.scandir(folder) if entry.is_file()}
+    for name in stats:
+        if not _is_allowed((folder / name).resolve(), policy):
+            raise _outside(f"{request.model_path}/{name}")
+    digest = hashlib.sha256()
+    for name, stat in sorted(stats.items()):
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    sizes = {name: stat.st_size for name, stat in stats.items()}
+    return Directory(folder, request.model_path, sizes, digest.hexdigest()[:16], copy_to)
+
+
+def _within_roots(path: str, policy: Policy) -> Path:
+    """The real path, which lies under a root; a relative path is looked up under each root."""
+    reals = [(root / path).resolve() for root in policy.roots or (Path.cwd(),)]
+    allowed = [real for real in reals if _is_allowed(real, policy)]
+    if not allowed:
+        raise _outside(path)
+    return next((real for real in allowed if real.exists()), allowed[0])
+
+
+def _is_allowed(real: Path, policy: Policy) -> bool:
+    return policy.roots is None or any(real.is_relative_to(r.resolve()) for r in policy.roots)
+
+
+def _outside(what: str) -> ModelError:
+    return ModelError(
+        Reason.SOURCE_NOT_ALLOWED,
+        f"{what!r} is not under a directory that this server may read (moorage serve --root)",
+    )
+
+
+def _copy(source: Path, target: Path) -> Iterator[int]:
+    """Copies a file beside its final name, then renames it; yields the sizes of the pieces."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with open(source, "rb") as reader, open(partial, "wb") as writer:
+            while piece := reader.read(_COPY_BYTES):
+                writer.write(piece)
+                yield len(piece)
+        os.replace(partial, target)
+    except OSError as error:
+        raise ModelError(
+            Reason.DISK_FULL, f"cannot copy {source.name}: {error.strerror}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

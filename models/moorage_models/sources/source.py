@@ -1,0 +1,92 @@
+"""Where checkpoints are kept: the protocol that every source answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from moorage_models.monitor import LoadMonitor
+
+
+class ModelSource(StrEnum):
+    """The kinds of places that hold checkpoints."""
+
+    HUGGINGFACE = "huggingface"
+    KAGGLE = "kaggle"
+    GCS = "gcs"
+    INTERNAL = "internal"
+    MAXTEXT = "maxtext"
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which model is wanted, as a caller says it.
+
+    Attributes:
+        model_id: A Hugging Face id or a config id.
+        source: Where the checkpoint is kept.
+        model_path: Where within the source; its meaning is the source's.
+        revision: A branch, tag or commit; empty for the source's default.
+        download_path: Where files are put; empty for the source's own cache.
+        dtype: Dtype of the parameters; empty keeps what is stored.
+        compute_dtype: Dtype of the arithmetic; empty takes the parameters'.
+    """
+
+    model_id: str
+    source: ModelSource = ModelSource.HUGGINGFACE
+    model_path: str = ""
+    revision: str = ""
+    download_path: str = ""
+    dtype: str = ""
+    compute_dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be read.
+
+    Attributes:
+        sources: The sources that are allowed; None allows all.
+        roots: Directories under which local paths must lie; None allows any.
+    """
+
+    sources: tuple[ModelSource, ...] | None = None
+    roots: tuple[Path, ...] | None = None
+
+
+class Repository(Protocol):
+    """One checkpoint's files at one revision: sizes and ranges first, whole files on demand."""
+
+    @property
+    def label(self) -> str:
+        """Names the checkpoint in messages; never a path of the host."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """The commit, version or digest that was resolved."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Sizes in bytes, by name relative to the checkpoint."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes `start .. stop` of a file, without fetching the rest where that is possible."""
+        ...
+
+    def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
+        """Brings whole files to this machine and returns the folder that holds them.
+
+        Args:
+            names: The files.
+            monitor: Told of the bytes of the stage `fetch`.
+
+        Raises:
+            ModelError: SOURCE_UNAVAILABLE, DISK_FULL, SOURCE_AUTH_REQUIRED, or LOAD_CANCELLED.
+        """
+        ...
