@@ -8,6 +8,7 @@ import pathlib
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from moorage_models.config import ModelConfig
 from moorage_models.errors import ModelError, Reason
 from moorage_models.families import FAMILIES, PRESETS

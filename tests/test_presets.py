@@ -13,6 +13,7 @@ import pathlib
 from collections import Counter
 
 import pytest
+
 from moorage_models.families import FAMILIES, PRESETS
 from moorage_models.parameters import parameter_shapes
 

@@ -206,3 +206,17 @@ def _refuse_quantised(parameters: list[PlannedParameter]) -> None:
                     f"tensor {piece.tensor.name} is stored as {piece.tensor.dtype}: quantised "
                     "weights cannot be run exactly; use the float checkpoint",
                 )
+
+
+def preset_plan(config: ModelConfig, dtype: str = "") -> Plan:
+    """The sizes of a model that no checkpoint was looked into for; it has no tensors.
+
+    Args:
+        config: The configuration.
+        dtype: Dtype of the parameters; empty for bfloat16, in which all presets are published.
+    """
+    parameters = tuple(
+        PlannedParameter(name, shape, dtype or "bfloat16", ())
+        for name, shape in parameter_shapes(config).items()
+    )
+    return Plan(config, parameters)

@@ -62,6 +62,11 @@ class HubRepository:
         """The repository and the commit."""
         return f"{self.repo_id}@{self.revision[:12]}"
 
+    @property
+    def key(self) -> str:
+        """The repository."""
+        return self.repo_id
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file: from the cache, or by a ranged request."""
         local = self.cached / name if self.cached else self._in_cache(name)

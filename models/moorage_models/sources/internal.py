@@ -33,6 +33,11 @@ class Directory:
     revision: str
     copy_to: Path | None = None
 
+    @property
+    def key(self) -> str:
+        """The directory itself, however it was named."""
+        return str(self.folder)
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file."""
         with open(self.folder / name, "rb") as file:

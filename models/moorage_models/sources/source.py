@@ -66,6 +66,11 @@ class Repository(Protocol):
         ...
 
     @property
+    def key(self) -> str:
+        """Names the place within the source, without the revision; not shown to callers."""
+        ...
+
+    @property
     def revision(self) -> str:
         """The commit, version or digest that was resolved."""
         ...

@@ -1,0 +1,72 @@
+"""moorage: a thin client for a server that keeps language models loaded on a TPU host.
+
+    import moorage
+
+    with moorage.connect("tpu-host:8470") as client:
+        model = client.load("google/gemma-2-2b-it")
+        scores = model.forward([[2, 651, 5277], [2, 1841]])
+        scores.logprobs[0]  # float32, one per token of row 0; the first is NaN
+
+`moorage.aio.connect` gives the same for asyncio. Every exception is a `moorage.Error`.
+"""
+
+from moorage import aio
+from moorage.answers import (
+    Config,
+    Device,
+    LoadProgress,
+    Model,
+    Resolution,
+    ServerInfo,
+    Stage,
+    SupportedModel,
+)
+from moorage.client import Client, connect
+from moorage.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    Error,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    MessageTooLarge,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+from moorage.scores import Scores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cancelled",
+    "Client",
+    "Config",
+    "DataLoss",
+    "DeadlineExceeded",
+    "Device",
+    "Error",
+    "FailedPrecondition",
+    "InternalError",
+    "InvalidRequest",
+    "LoadProgress",
+    "MessageTooLarge",
+    "Model",
+    "NotFound",
+    "PermissionDenied",
+    "Resolution",
+    "ResourceExhausted",
+    "Scores",
+    "ServerInfo",
+    "Stage",
+    "SupportedModel",
+    "Unauthenticated",
+    "Unavailable",
+    "Unsupported",
+    "aio",
+    "connect",
+]

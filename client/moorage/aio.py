@@ -1,0 +1,180 @@
+"""The client for asyncio: the methods of `moorage.Client`, each to be awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from moorage import answers, decode, requests
+from moorage.answers import LoadProgress, Resolution, ServerInfo, SupportedModel
+from moorage.errors import Error, translated
+from moorage.progress import shown
+from moorage.requests import Rows
+from moorage.scores import Assembly, Scores
+from moorage.transport import (
+    OPTIONS,
+    LoadWatch,
+    Stubs,
+    address_of,
+    cancelling,
+    closed,
+    handle_of,
+    stubs,
+)
+from moorage.v1 import moorage_pb2 as pb
+
+Model: TypeAlias = answers.Model[Awaitable[Scores]]
+"""A model whose `forward` is awaited."""
+
+
+def connect(address: str | None = None, *, timeout: float | None = 600.0) -> Client:
+    """Makes a client; call it within a running event loop.
+
+    Args:
+        address: As in `moorage.connect`.
+        timeout: As in `moorage.connect`.
+
+    Returns:
+        The client; close it, or use it in an `async with` block.
+    """
+    return Client(address_of(address), timeout)
+
+
+class Client:
+    """A connection to one server; its methods take and give what `moorage.Client`'s do.
+
+    Every method raises `moorage.Error`, and no other exception, when a call fails; a cancelled
+    task cancels its call.
+
+    Args:
+        address: "host:port" of the server.
+        timeout: Seconds that a call may take, or None for any time.
+    """
+
+    def __init__(self, address: str, timeout: float | None) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._open: Stubs | None = stubs(self._channel)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection. Models stay loaded."""
+        self._open = None
+        await self._channel.close(None)
+
+    async def resolve(
+        self,
+        model_id: str,
+        source: str | None = None,
+        model_path: str | None = None,
+        revision: str | None = None,
+        *,
+        estimate: bool = False,
+        check_source: bool | None = None,
+    ) -> Resolution:
+        """Says what a name means; see `moorage.Client.resolve`."""
+        model = requests.spec(model_id, source, model_path=model_path, revision=revision)
+        request = requests.resolve_name(model, estimate=estimate, check_source=check_source)
+        return decode.resolution(await self._call(self._stubs.naming.ResolveName, request))
+
+    async def supported_models(self) -> list[SupportedModel]:
+        """Lists the presets; see `moorage.Client.supported_models`."""
+        request = pb.ListSupportedModelsRequest()
+        response = await self._call(self._stubs.naming.ListSupportedModels, request)
+        return decode.supported_models(response)
+
+    async def load(
+        self,
+        model_id: str,
+        source: str = "huggingface",
+        model_path: str = "",
+        revision: str = "",
+        download_path: str = "",
+        dtype: str = "",
+        compute_dtype: str = "",
+        *,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+        progress: bool | None = None,
+    ) -> Model:
+        """Loads a model, or joins a load of it; see `moorage.Client.load`."""
+        model = requests.spec(
+            model_id,
+            source,
+            model_path=model_path,
+            revision=revision,
+            model_download_path=download_path,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+        )
+        with shown(model_id, on_progress, progress) as show:
+            return await self._load(pb.LoadModelRequest(model=model), LoadWatch(show))
+
+    async def models(self) -> list[Model]:
+        """Lists the models; see `moorage.Client.models`."""
+        response = await self._call(self._stubs.models.ListModels, pb.ListModelsRequest())
+        return [decode.model(model, self) for model in response.models]
+
+    async def model(self, handle: str) -> Model:
+        """Describes one loaded model; see `moorage.Client.model`."""
+        request = pb.GetModelRequest(handle=handle)
+        response = await self._call(self._stubs.models.GetModel, request)
+        return decode.model(response.model, self)
+
+    async def unload(self, model: answers.Model[Any] | str) -> dict[int, int]:
+        """Frees a model's device memory; see `moorage.Client.unload`."""
+        request = pb.UnloadModelRequest(handle=handle_of(model))
+        response = await self._call(self._stubs.models.UnloadModel, request)
+        return decode.device_bytes(response.device_bytes)
+
+    async def info(self) -> ServerInfo:
+        """Describes the server; see `moorage.Client.info`."""
+        request = pb.GetServerInfoRequest()
+        return decode.server_info(await self._call(self._stubs.server.GetServerInfo, request))
+
+    async def forward(
+        self,
+        model: answers.Model[Any] | str,
+        rows: Rows,
+        outputs: Sequence[str] = ("logprobs",),
+        segment_ids: Rows | None = None,
+    ) -> Scores:
+        """Runs a forward pass; see `moorage.Client.forward`."""
+        request = requests.forward(handle_of(model), rows, outputs, segment_ids)
+        assembly = Assembly(request)
+        call = self._stubs.scoring.Forward(request, timeout=self._timeout)
+        with translated(self.address), cancelling(call) as responses:
+            async for response in responses:
+                assembly.add(response)
+        return assembly.scores()
+
+    @property
+    def _stubs(self) -> Stubs:
+        if self._open is None:
+            raise closed(self.address)
+        return self._open
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
+        with translated(self.address):
+            return await method(request, timeout=self._timeout)
+
+    async def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> Model:
+        while True:
+            try:
+                call = self._stubs.models.LoadModel(request)
+                with translated(self.address), cancelling(call) as responses:
+                    async for response in responses:
+                        if (model := watch.see(response)) is not None:
+                            return decode.model(model, self)
+                raise watch.unfinished()
+            except Error as error:
+                pause = watch.pause(error)
+            await asyncio.sleep(pause)

@@ -1,0 +1,227 @@
+"""What the server says, as frozen dataclasses; `decode` makes them from the wire's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Generic, Protocol
+
+from moorage.requests import Rows
+from moorage.scores import Scores
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    T_co = TypeVar("T_co", covariant=True, default=Scores)
+else:  # Python 3.13 brings the default; before, only type checkers know of it
+    from typing import TypeVar
+
+    T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of a decoder, as the wire's ConfigSummary names them; a tied head counts once."""
+
+    family: str
+    num_layers: int
+    vocab_size: int
+    embed_dim: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a name means; a naming attribute that no rule can give is "".
+
+    Attributes:
+        checked: What was checked, in order: "name", "preset", "source", "config", "headers".
+        loadable: Whether nothing that was checked stands in the way of a load.
+        reason: Why not, as in `Error.reason`, or "".
+        message: Why not, and what would work, or "".
+        config: From the checkpoint or the preset; None if neither is known.
+        revision: The resolved commit, version or digest; "" if no source was looked into.
+        device_bytes: Bytes by device id; empty unless asked for.
+        preset_differences: Where the checkpoint's config.json differs from the preset.
+    """
+
+    model_id: str
+    model_name: str
+    model_family: str
+    model_version: str
+    model_config_category: str
+    model_config_id: str
+    checked: tuple[str, ...]
+    loadable: bool
+    reason: str
+    message: str
+    config: Config | None
+    revision: str
+    device_bytes: Mapping[int, int]
+    preset_differences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    """One preset: a config id that needs no config.json."""
+
+    model_config_id: str
+    model_config_category: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a load, in bytes ("fetch", "place") or programs ("compile").
+
+    Attributes:
+        done: How much is done.
+        total: How much there is; 0 while that is unknown.
+        rate: Units a second since the stage began.
+    """
+
+    done: int
+    total: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far a load is.
+
+    Attributes:
+        state: "queued", "resolving", "loading", ...
+        stages: The stages that run side by side, by name.
+        waiters: How many callers wait for this load.
+        elapsed_seconds: Time since the load began.
+    """
+
+    state: str
+    stages: Mapping[str, Stage]
+    waiters: int
+    elapsed_seconds: float
+
+
+class Scorer(Protocol[T_co]):
+    """What a model needs of its client; `T_co` is Scores, or an awaitable of it."""
+
+    def forward(
+        self, model: str, rows: Rows, outputs: Sequence[str], segment_ids: Rows | None
+    ) -> T_co:
+        """Runs a forward pass on the model with this handle."""
+        ...
+
+
+@dataclass(frozen=True)
+class Model(Generic[T_co]):
+    """A model that the server holds or is loading, as it was when it was described.
+
+    Attributes:
+        handle: Names the model in later calls; the same after a restart of the server.
+        state: "ready" once it serves.
+        model_id: The id that was asked for.
+        model_config_id: The configuration, for example "gemma2_2b_it".
+        source: A key of `moorage.requests.SOURCES`.
+        path: Where it was read from, as the source names it.
+        revision: The resolved commit, version or digest.
+        config: The numbers of the decoder.
+        dtype: The dtype of the parameters.
+        compute_dtype: The dtype of the arithmetic.
+        device_bytes: Bytes of parameters by device id.
+        load_time: When the load began, or None.
+        load_seconds: How long the load took.
+        last_use_time: When the last forward pass ended, or None.
+        forward_count: Forward passes served.
+        token_count: Tokens scored.
+        progress: How far the load is, or None once it is ready.
+        preset_differences: Where the checkpoint's config.json differs from the preset.
+    """
+
+    handle: str
+    state: str
+    model_id: str
+    model_config_id: str
+    source: str
+    path: str
+    revision: str
+    config: Config
+    dtype: str
+    compute_dtype: str
+    device_bytes: Mapping[int, int]
+    load_time: datetime | None
+    load_seconds: float
+    last_use_time: datetime | None
+    forward_count: int
+    token_count: int
+    progress: LoadProgress | None
+    preset_differences: tuple[str, ...]
+    client: Scorer[T_co] = field(repr=False, compare=False)
+
+    def forward(
+        self,
+        rows: Rows,
+        outputs: Sequence[str] = ("logprobs",),
+        segment_ids: Rows | None = None,
+    ) -> T_co:
+        """Runs a forward pass.
+
+        Args:
+            rows: Ragged rows of token ids: lists or integer arrays, or one array [rows, length].
+            outputs: "logprobs", "logits" or both.
+            segment_ids: Shaped as `rows`. Tokens of a row see each other only within a segment;
+                segments count from 1 and are contiguous. None: each row is one segment.
+
+        Returns:
+            The scores; from an asyncio client, an awaitable of them.
+
+        Raises:
+            InvalidRequest: The rows are wrong; raised before anything is sent where possible.
+            DataLoss: Bytes of the answer are damaged or missing.
+            Error: Any other failure.
+        """
+        return self.client.forward(self.handle, rows, outputs, segment_ids)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of the server's mesh, and the bytes of parameters on it."""
+
+    id: int
+    kind: str
+    model_bytes: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What the server is and what it accepts.
+
+    Attributes:
+        version: The server's version.
+        platform: "cpu" or "tpu".
+        devices: The devices of the mesh.
+        mesh: Size of each axis by name, outermost first.
+        buckets: The compiled shapes (rows, length).
+        max_message_bytes: The largest request.
+        max_sequence_length: The longest row, in tokens.
+        max_output_bytes: The largest answer.
+        sources: Keys of `moorage.requests.SOURCES` that may be loaded from.
+        outputs: The outputs that are served.
+        start_time: When the server started, or None.
+    """
+
+    version: str
+    platform: str
+    devices: tuple[Device, ...]
+    mesh: Mapping[str, int]
+    buckets: tuple[tuple[int, int], ...]
+    max_message_bytes: int
+    max_sequence_length: int
+    max_output_bytes: int
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+    start_time: datetime | None

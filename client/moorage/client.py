@@ -1,0 +1,233 @@
+"""The client for ordinary, blocking code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from moorage import decode, requests
+from moorage.answers import LoadProgress, Model, Resolution, ServerInfo, SupportedModel
+from moorage.errors import Error, translated
+from moorage.progress import shown
+from moorage.requests import Rows
+from moorage.scores import Assembly, Scores
+from moorage.transport import (
+    OPTIONS,
+    LoadWatch,
+    Stubs,
+    address_of,
+    cancelling,
+    closed,
+    handle_of,
+    stubs,
+)
+from moorage.v1 import moorage_pb2 as pb
+
+
+def connect(address: str | None = None, *, timeout: float | None = 600.0) -> Client:
+    """Makes a client; nothing is sent until its first call.
+
+    Args:
+        address: "host:port" of a server, or "unix:path". By default the environment variable
+            MOORAGE_SERVER, or else 127.0.0.1:8470.
+        timeout: Seconds that a call may take, or None for any time. A load may take any time.
+
+    Returns:
+        The client; close it, or use it in a `with` block. Threads may share it.
+    """
+    return Client(address_of(address), timeout)
+
+
+class Client:
+    """A connection to one server.
+
+    Every method raises `moorage.Error`, and no other exception, when a call fails.
+
+    Args:
+        address: "host:port" of the server.
+        timeout: Seconds that a call may take, or None for any time.
+    """
+
+    def __init__(self, address: str, timeout: float | None) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._open: Stubs | None = stubs(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection. Models stay loaded."""
+        self._open = None
+        self._channel.close()
+
+    def resolve(
+        self,
+        model_id: str,
+        source: str | None = None,
+        model_path: str | None = None,
+        revision: str | None = None,
+        *,
+        estimate: bool = False,
+        check_source: bool | None = None,
+    ) -> Resolution:
+        """Says what a name means, and whether the server can load it.
+
+        Args:
+            model_id: A Hugging Face id, a config id or a model name.
+            source: "huggingface", "kaggle", "gcs", "internal" or "maxtext".
+            model_path: Where the checkpoint is within the source.
+            revision: A branch, tag, commit, version or generation.
+            estimate: Also give the bytes that each device would hold.
+            check_source: Read the checkpoint's configuration and headers, no weights. None does
+                so if `source` is given; otherwise only the name is read.
+
+        Returns:
+            What it means.
+        """
+        model = requests.spec(model_id, source, model_path=model_path, revision=revision)
+        request = requests.resolve_name(model, estimate=estimate, check_source=check_source)
+        return decode.resolution(self._call(self._stubs.naming.ResolveName, request))
+
+    def supported_models(self) -> list[SupportedModel]:
+        """Lists the presets, sorted by config id."""
+        request = pb.ListSupportedModelsRequest()
+        return decode.supported_models(self._call(self._stubs.naming.ListSupportedModels, request))
+
+    def load(
+        self,
+        model_id: str,
+        source: str = "huggingface",
+        model_path: str = "",
+        revision: str = "",
+        download_path: str = "",
+        dtype: str = "",
+        compute_dtype: str = "",
+        *,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+        progress: bool | None = None,
+    ) -> Model[Scores]:
+        """Loads a model, or joins a load of it, and waits until it is ready.
+
+        Loading what is loaded already returns at once. If the connection breaks, the load goes on
+        in the server and the call joins it again, a few times.
+
+        Args:
+            model_id: A Hugging Face id ("google/gemma-2-2b-it") or a config id ("gemma2_2b_it").
+            source: "huggingface", "kaggle", "gcs", "internal" or "maxtext".
+            model_path: Where the checkpoint is within the source; optional for Hugging Face.
+            revision: A branch, tag, commit, version or generation; "" for the source's default.
+            download_path: Where the server downloads files to; "" for the source's own cache.
+            dtype: The dtype of the parameters in device memory; "" keeps what is stored.
+            compute_dtype: The dtype of the arithmetic; "" takes the parameters'.
+            on_progress: Called with each progress, at least once a second.
+            progress: Show a bar on stderr; None does so on a terminal.
+
+        Returns:
+            The model, ready to serve.
+        """
+        model = requests.spec(
+            model_id,
+            source,
+            model_path=model_path,
+            revision=revision,
+            model_download_path=download_path,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+        )
+        with shown(model_id, on_progress, progress) as show:
+            return self._load(pb.LoadModelRequest(model=model), LoadWatch(show))
+
+    def models(self) -> list[Model[Scores]]:
+        """Lists the models that are loaded or being loaded, oldest first."""
+        response = self._call(self._stubs.models.ListModels, pb.ListModelsRequest())
+        return [decode.model(model, self) for model in response.models]
+
+    def model(self, handle: str) -> Model[Scores]:
+        """Describes one loaded model.
+
+        Args:
+            handle: The model's handle.
+
+        Returns:
+            The model.
+
+        Raises:
+            NotFound: No model with this handle is loaded.
+        """
+        response = self._call(self._stubs.models.GetModel, pb.GetModelRequest(handle=handle))
+        return decode.model(response.model, self)
+
+    def unload(self, model: Model[Any] | str) -> dict[int, int]:
+        """Waits for the model's running forward passes, then frees its device memory.
+
+        Args:
+            model: The model, or its handle.
+
+        Returns:
+            Bytes freed, by device id.
+        """
+        request = pb.UnloadModelRequest(handle=handle_of(model))
+        response = self._call(self._stubs.models.UnloadModel, request)
+        return decode.device_bytes(response.device_bytes)
+
+    def info(self) -> ServerInfo:
+        """Describes the server."""
+        request = pb.GetServerInfoRequest()
+        return decode.server_info(self._call(self._stubs.server.GetServerInfo, request))
+
+    def forward(
+        self,
+        model: Model[Any] | str,
+        rows: Rows,
+        outputs: Sequence[str] = ("logprobs",),
+        segment_ids: Rows | None = None,
+    ) -> Scores:
+        """Runs a forward pass; `Model.forward` says more.
+
+        Args:
+            model: The model, or its handle.
+            rows: Ragged rows of token ids.
+            outputs: "logprobs", "logits" or both.
+            segment_ids: Shaped as `rows`, or None: each row is one segment.
+
+        Returns:
+            The scores.
+        """
+        request = requests.forward(handle_of(model), rows, outputs, segment_ids)
+        assembly = Assembly(request)
+        call = self._stubs.scoring.Forward(request, timeout=self._timeout)
+        with translated(self.address), cancelling(call) as responses:
+            for response in responses:
+                assembly.add(response)
+        return assembly.scores()
+
+    @property
+    def _stubs(self) -> Stubs:
+        if self._open is None:
+            raise closed(self.address)
+        return self._open
+
+    def _call(self, method: Callable[..., Any], request: object) -> Any:
+        with translated(self.address):
+            return method(request, timeout=self._timeout)
+
+    def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> Model[Scores]:
+        while True:
+            try:
+                call = self._stubs.models.LoadModel(request)
+                with translated(self.address), cancelling(call) as responses:
+                    for response in responses:
+                        if (model := watch.see(response)) is not None:
+                            return decode.model(model, self)
+                raise watch.unfinished()
+            except Error as error:
+                pause = watch.pause(error)
+            time.sleep(pause)

@@ -1,0 +1,198 @@
+"""The client commands of the command line: each asks the server and says what to print."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from moorage.answers import Config, Model, Resolution
+from moorage.client import Client
+from moorage.errors import InvalidRequest, NotFound
+from moorage.progress import placed
+from moorage.render import duration, pairs, size, table
+from moorage.scores import Scores
+from moorage.tokens import encode
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command prints, and its exit code.
+
+    Attributes:
+        data: What --json prints.
+        text: What is printed without --json.
+        code: 0, or 1 if the answer is no.
+    """
+
+    data: object
+    text: str
+    code: int = 0
+
+
+def resolve(client: Client, arguments: Namespace) -> Output:
+    """Says what a name means; exits with 1 if the model cannot be loaded."""
+    found = client.resolve(
+        arguments.id,
+        arguments.source,
+        arguments.path,
+        arguments.revision,
+        estimate=arguments.estimate,
+    )
+    return Output(found, _resolution(found), 0 if found.loadable else 1)
+
+
+def load(client: Client, arguments: Namespace) -> Output:
+    """Loads a model and describes it."""
+    model = client.load(
+        arguments.id,
+        arguments.source,
+        model_path=arguments.path,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        compute_dtype=arguments.compute_dtype,
+    )
+    facts = {
+        "handle": model.handle,
+        "model id": model.model_id,
+        "path": model.path,
+        "revision": model.revision,
+        "config": _config(model.config),
+        "dtype": f"{model.dtype}, computes in {model.compute_dtype}",
+        "device memory": _memory(model.device_bytes),
+        "loaded in": duration(model.load_seconds),
+        "differs from preset": "; ".join(model.preset_differences),
+    }
+    return Output(model, pairs(facts))
+
+
+def ps(client: Client, _: Namespace) -> Output:
+    """Lists the models."""
+    models = client.models()
+    columns: dict[str, Sequence[object]] = {
+        "HANDLE": [m.handle for m in models],
+        "MODEL": [m.model_id for m in models],
+        "STATE": [_state(m) for m in models],
+        "DTYPE": [m.dtype for m in models],
+        "SIZE": [size(sum(m.device_bytes.values())) for m in models],
+        "AGE": [_ago(m.load_time) for m in models],
+        "LAST USE": [_ago(m.last_use_time) for m in models],
+        "FORWARDS": [m.forward_count for m in models],
+        "TOKENS": [m.token_count for m in models],
+    }
+    return Output(models, table(columns))
+
+
+def forward(client: Client, arguments: Namespace) -> Output:
+    """Prints the log-probability of each token."""
+    model = _find(client, arguments.model)
+    if arguments.text is None:
+        rows, tokens = arguments.ids, None
+    else:
+        rows, tokens = encode(arguments.text, model.model_id, arguments.tokenizer)
+    scores = model.forward(rows)
+    return Output({"rows": rows, "tokens": tokens, "scores": scores}, _scores(rows, tokens, scores))
+
+
+def unload(client: Client, arguments: Namespace) -> Output:
+    """Frees a model."""
+    model = _find(client, arguments.model)
+    freed = client.unload(model)
+    text = f"{model.model_id} ({model.handle}) is unloaded; freed {_memory(freed) or size(0)}"
+    return Output({"handle": model.handle, "device_bytes": freed}, text)
+
+
+def status(client: Client, _: Namespace) -> Output:
+    """Describes the server."""
+    info = client.info()
+    facts = {
+        "server": client.address,
+        "version": info.version,
+        "platform": info.platform,
+        "up for": _ago(info.start_time),
+        "mesh": ", ".join(f"{axis}={length}" for axis, length in info.mesh.items()),
+        "buckets": ", ".join(f"{rows}x{length}" for rows, length in info.buckets),
+        "outputs": ", ".join(info.outputs),
+        "sources": ", ".join(info.sources),
+        "longest row": f"{info.max_sequence_length} tokens",
+        "largest request": size(info.max_message_bytes),
+        "largest answer": size(info.max_output_bytes),
+    }
+    columns: dict[str, Sequence[object]] = {
+        "DEVICE": [device.id for device in info.devices],
+        "KIND": [device.kind for device in info.devices],
+        "MODELS": [size(device.model_bytes) for device in info.devices],
+    }
+    return Output(info, f"{pairs(facts)}\n\n{table(columns)}")
+
+
+def _find(client: Client, name: str) -> Model[Scores]:
+    models = client.models()
+    found = [m for m in models if name == m.handle] or [m for m in models if name == m.model_id]
+    if not found:
+        known = ", ".join(f"{m.handle} ({m.model_id})" for m in models) or "none"
+        raise NotFound(f"no loaded model has the handle or id {name!r}; loaded: {known}")
+    if len(found) > 1:
+        handles = ", ".join(m.handle for m in found)
+        raise InvalidRequest(f"several loaded models have the id {name!r}; name one of {handles}")
+    return found[0]
+
+
+def _resolution(found: Resolution) -> str:
+    return pairs(
+        {
+            "model id": found.model_id,
+            "name": found.model_name,
+            "family": found.model_family,
+            "version": found.model_version,
+            "category": found.model_config_category,
+            "config id": found.model_config_id,
+            "config": _config(found.config),
+            "revision": found.revision,
+            "checked": ", ".join(found.checked),
+            "loadable": "yes" if found.loadable else "no",
+            "reason": found.reason,
+            "message": found.message,
+            "device memory": _memory(found.device_bytes),
+            "differs from preset": "; ".join(found.preset_differences),
+        }
+    )
+
+
+def _scores(rows: list[list[int]], tokens: list[list[str]] | None, scores: Scores) -> str:
+    places = [(row, place) for row, ids in enumerate(rows) for place in range(len(ids))]
+    columns: dict[str, Sequence[object]] = {
+        "ROW": [row for row, _ in places],
+        "POSITION": [place for _, place in places],
+    }
+    if tokens is not None:  # quoted, as a token may be a space or a line break
+        columns["TOKEN"] = [json.dumps(tokens[r][p], ensure_ascii=False) for r, p in places]
+    columns["ID"] = [rows[row][place] for row, place in places]
+    columns["LOGPROB"] = [float(value) for row in scores.logprobs or [] for value in row]
+    return table(columns)
+
+
+def _state(model: Model[Scores]) -> str:
+    done, total = placed(model.progress) if model.progress else (0, 0)
+    return f"{model.state} {done / total:.0%}" if total else model.state
+
+
+def _config(config: Config | None) -> str:
+    if config is None:
+        return ""
+    return f"{config.family}, {config.num_layers} layers, {config.num_parameters:,} parameters"
+
+
+def _memory(device_bytes: Mapping[int, int]) -> str:
+    if not device_bytes:
+        return ""
+    total, most = sum(device_bytes.values()), max(device_bytes.values())
+    if len(device_bytes) == 1:
+        return f"{size(total)} on one device"
+    return f"{size(total)} on {len(device_bytes)} devices, at most {size(most)} on one"
+
+
+def _ago(time: datetime | None) -> str:
+    return duration(max((datetime.now(UTC) - time).total_seconds(), 0.0)) if time else "-"

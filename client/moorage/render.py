@@ -1,0 +1,91 @@
+"""Text for people and JSON for programs, out of the client's dataclasses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+_TIMES = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
+
+def table(columns: Mapping[str, Sequence[object]]) -> str:
+    """Aligns columns; numbers to the right.
+
+    Args:
+        columns: The values of each column, by title.
+
+    Returns:
+        One line of titles, and one line for each row.
+    """
+    cells = [_aligned([title, *values]) for title, values in columns.items()]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*cells, strict=True))
+
+
+def pairs(facts: Mapping[str, object]) -> str:
+    """Aligns names and values; leaves out what is empty or None."""
+    known = {name: value for name, value in facts.items() if value not in ("", None)}
+    width = max(map(len, known), default=0)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in known.items())
+
+
+def size(count: int) -> str:
+    """Writes bytes: 512 B, 1.5 KiB, 3.2 GiB."""
+    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
+    value = count / (1 << 10 * unit)
+    return f"{value:.1f} {'KMGT'[unit - 1]}iB" if unit else f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """Writes a duration in its two largest units: 0.5 s, 42 s, 2 min 5 s, 3 d 4 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    left = round(seconds)
+    parts: list[tuple[int, str]] = []
+    for unit, length in _TIMES:
+        count, left = divmod(left, length)
+        if count or parts:
+            parts.append((count, unit))
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
+
+
+def document(value: object) -> str:
+    """Writes one JSON document.
+
+    Args:
+        value: Dataclasses, arrays, times and plain values, nested at will.
+
+    Returns:
+        JSON; what is not a finite number is null, a time is ISO 8601.
+    """
+    return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+
+
+def _aligned(values: Sequence[object]) -> list[str]:
+    texts = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in values]
+    width = max(map(len, texts))
+    right = any(isinstance(value, int | float) for value in values)
+    return [f"{text:>{width}}" if right else f"{text:{width}}" for text in texts]
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case datetime():
+            return value.isoformat()
+        case np.ndarray():
+            return _plain(value.tolist())
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case _ if is_dataclass(value):  # what repr leaves out (a model's client) is no data
+            return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.repr}
+        case _:
+            return value

@@ -1,0 +1,155 @@
+"""Between the server's dataclasses and the wire's messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from moorage.v1 import moorage_pb2 as pb
+from moorage_models.checkpoint import Checkpoint
+from moorage_models.config import ModelConfig
+from moorage_models.errors import ModelError, Reason
+from moorage_models.naming import ModelNaming
+from moorage_models.sources import ModelRequest, ModelSource
+from moorage_server.cache import Model, State
+
+_PREFIX = "MODEL_SOURCE_"
+
+
+def to_request(spec: pb.ModelSpec) -> ModelRequest:
+    """What a caller wants.
+
+    Raises:
+        ModelError: INVALID_REQUEST for a source that this version does not know.
+    """
+    number = spec.source or pb.MODEL_SOURCE_HUGGINGFACE
+    if number not in pb.ModelSource.values():
+        raise ModelError(Reason.INVALID_REQUEST, f"there is no source with number {number}")
+    source = ModelSource[pb.ModelSource.Name(number).removeprefix(_PREFIX)]
+    return ModelRequest(
+        spec.model_id,
+        source,
+        spec.model_path,
+        spec.revision,
+        spec.model_download_path,
+        spec.dtype,
+        spec.compute_dtype,
+    )
+
+
+def to_spec(request: ModelRequest) -> pb.ModelSpec:
+    """A request as the wire has it."""
+    return pb.ModelSpec(
+        model_id=request.model_id,
+        source=source_number(request.source),
+        model_path=request.model_path,
+        revision=request.revision,
+        model_download_path=request.download_path,
+        dtype=request.dtype,
+        compute_dtype=request.compute_dtype,
+    )
+
+
+def source_number(source: ModelSource) -> pb.ModelSource:
+    """A source as the wire has it."""
+    return pb.ModelSource.Value(_PREFIX + source.name)  # type: ignore[return-value]
+
+
+def to_name(naming: ModelNaming | None, model_id: str) -> pb.ModelName:
+    """The naming attributes; of an id that follows no rule, only the id and its last segment."""
+    if naming is None:
+        return pb.ModelName(model_id=model_id, model_name=model_id.rsplit("/", 1)[-1].lower())
+    return pb.ModelName(
+        model_id=naming.model_id or "",
+        model_name=naming.model_name,
+        model_family=naming.model_family,
+        model_version=naming.model_version,
+        model_config_category=naming.model_config_category,
+        model_config_id=naming.model_config_id,
+    )
+
+
+def to_config(config: ModelConfig) -> pb.ConfigSummary:
+    """The numbers of a configuration."""
+    return pb.ConfigSummary(
+        family=config.family,
+        num_layers=config.num_layers,
+        vocab_size=config.vocab_size,
+        embed_dim=config.embed_dim,
+        hidden_dim=config.hidden_dim,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_parameters=config.num_parameters,
+    )
+
+
+def to_progress(model: Model) -> pb.LoadProgress:
+    """How far a load has come."""
+    stages = [
+        pb.StageProgress(stage=name, done=stage.done, total=stage.total, rate=stage.rate)
+        for name, stage in model.monitor.stages().items()
+    ]
+    return pb.LoadProgress(
+        state=f"MODEL_STATE_{model.state}",
+        stages=stages,
+        waiters=model.waiters,
+        elapsed=duration(time.time() - model.started),
+    )
+
+
+def to_model(model: Model) -> pb.Model:
+    """A model as the wire describes it."""
+    checkpoint = model.checkpoint
+    message = pb.Model(
+        handle=model.handle,
+        state=f"MODEL_STATE_{model.state}",
+        name=to_name(checkpoint.naming, checkpoint.request.model_id),
+        spec=to_spec(checkpoint.request),
+        revision=checkpoint.repository.revision,
+        path=checkpoint.repository.label,
+        config=to_config(checkpoint.config),
+        dtype=checkpoint.plan.dtype,
+        compute_dtype=checkpoint.compute_dtype,
+        device_bytes=to_device_bytes(model.device_bytes),
+        load_time=timestamp(model.started),
+        load_duration=duration(model.load_seconds),
+        forward_count=model.forwards,
+        token_count=model.tokens,
+        preset_differences=checkpoint.preset_differences,
+    )
+    if model.last_use:
+        message.last_use_time.CopyFrom(timestamp(model.last_use))
+    if model.state is State.LOADING:
+        message.progress.CopyFrom(to_progress(model))
+    return message
+
+
+def to_device_bytes(amounts: Mapping[int, int]) -> list[pb.DeviceBytes]:
+    """Bytes by device id."""
+    return [pb.DeviceBytes(device_id=d, bytes=n) for d, n in sorted(amounts.items())]
+
+
+def loadable(checkpoint: Checkpoint) -> pb.ResolveNameResponse:
+    """The answer for a checkpoint that was looked into and can be loaded."""
+    return pb.ResolveNameResponse(
+        name=to_name(checkpoint.naming, checkpoint.request.model_id),
+        checked=["name", "source", "config", "headers"],
+        loadable=True,
+        config=to_config(checkpoint.config),
+        revision=checkpoint.repository.revision,
+        preset_differences=checkpoint.preset_differences,
+    )
+
+
+def duration(seconds: float) -> Duration:
+    """A span of time."""
+    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """A time in seconds since the epoch."""
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

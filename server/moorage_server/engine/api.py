@@ -1,0 +1,114 @@
+"""The seam between what answers clients and what owns the mesh.
+
+On one host both live in one process. On several, the process that owns the mesh may die with its
+peers, so nothing but what is declared here may pass between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from moorage_models.checkpoint import Checkpoint
+from moorage_models.monitor import LoadMonitor
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A compiled shape.
+
+    Attributes:
+        length: Tokens a row.
+        rows: Rows; a multiple of the data-parallel size.
+    """
+
+    length: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of the mesh.
+
+    Attributes:
+        id: Its id.
+        kind: As the runtime names it.
+    """
+
+    id: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine has.
+
+    Attributes:
+        platform: `cpu`, `tpu` or `gpu`.
+        devices: The devices.
+        mesh: Sizes of the mesh axes, outermost first.
+        buckets: The shapes that it compiles for every model, shortest first.
+    """
+
+    platform: str
+    devices: tuple[Device, ...]
+    mesh: dict[str, int]
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows for one forward pass; the first `lengths[i]` tokens of row `i` are real.
+
+    Attributes:
+        tokens: Token ids, 0 where padded.
+        segments: Segment of each token; 0 is padding.
+        positions: Rotary positions.
+        lengths: Real tokens of each row.
+    """
+
+    tokens: Int32[np.ndarray, "rows length"]
+    segments: Int32[np.ndarray, "rows length"]
+    positions: Int32[np.ndarray, "rows length"]
+    lengths: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Owns the mesh, the loaded models and their programs. Called from threads."""
+
+    def info(self) -> EngineInfo:
+        """The devices, the mesh and the buckets."""
+        ...
+
+    def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
+        """Fetches, places and compiles a model, and keeps it under a handle.
+
+        Returns:
+            Bytes of parameters on each device, by device id.
+
+        Raises:
+            ModelError: The load failed or was cancelled; nothing of it is left.
+        """
+        ...
+
+    def unload(self, handle: str) -> dict[int, int]:
+        """Frees a model and returns the bytes that came back, by device id."""
+        ...
+
+    def forward(self, handle: str, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Runs one batch.
+
+        Args:
+            handle: A loaded model.
+            batch: Rows of the shape of a bucket.
+            outputs: Names from the table of outputs.
+
+        Returns:
+            For each output `[tokens, ...]` over the real tokens of all rows in order: what the
+            model says after each token.
+        """
+        ...

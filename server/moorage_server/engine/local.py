@@ -1,0 +1,140 @@
+"""The engine of one host: the mesh, the models and the programs live in this process."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moorage_models.automodel import load
+from moorage_models.checkpoint import Checkpoint
+from moorage_models.errors import ModelError, Reason
+from moorage_models.monitor import LoadMonitor
+from moorage_server.engine.api import Batch, Bucket, Device, EngineInfo
+from moorage_server.engine.programs import Programs, compile_programs
+
+#: Sets of programs that are kept for models to come; every compile leaks some kilobytes for good.
+_KEPT_PROGRAMS = 8
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    params: dict[str, jax.Array]
+    programs: Programs
+
+
+class LocalEngine:
+    """Owns a mesh of this process's devices."""
+
+    def __init__(self, mesh: Mesh, buckets: Sequence[Bucket]) -> None:
+        self._mesh = mesh
+        self._buckets = tuple(sorted(buckets))
+        self._models: dict[str, _Loaded] = {}
+        self._programs: OrderedDict[object, Programs] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def info(self) -> EngineInfo:
+        """The devices, the mesh and the buckets."""
+        devices = tuple(Device(d.id, d.device_kind) for d in self._mesh.devices.flat)
+        platform = str(self._mesh.devices.flat[0].platform)
+        return EngineInfo(platform, devices, dict(self._mesh.shape), self._buckets)
+
+    def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
+        """Fetches, places and compiles, side by side."""
+        with ThreadPoolExecutor(1, "programs") as pool:
+            programs = pool.submit(self._compile, checkpoint, monitor)
+            try:
+                params, _ = load(checkpoint, self._mesh, monitor)
+                self._models[handle] = _Loaded(params, programs.result())
+            except BaseException:
+                monitor.cancel()
+                raise
+        return _device_bytes(params)
+
+    def unload(self, handle: str) -> dict[int, int]:
+        """Frees a model's arrays."""
+        model = self._models.pop(handle)
+        freed = _device_bytes(model.params)
+        for array in model.params.values():
+            array.delete()
+        return freed
+
+    def forward(self, handle: str, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Runs one batch through the stored programs."""
+        model = self._models[handle]
+        return model.programs.run(model.params, batch, outputs)
+
+    def _compile(self, checkpoint: Checkpoint, monitor: LoadMonitor) -> Programs:
+        dtypes = tuple((p.name, p.dtype) for p in checkpoint.plan.parameters)
+        key = (checkpoint.config, dtypes, checkpoint.compute_dtype)
+        with self._lock:
+            if programs := self._programs.get(key):
+                self._programs.move_to_end(key)
+                return programs
+        buckets = _useful(self._buckets, checkpoint.config.max_position)
+        programs = compile_programs(checkpoint, self._mesh, buckets, monitor)
+        with self._lock:
+            self._programs[key] = programs
+            while len(self._programs) > _KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+        return programs
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh over all devices.
+
+    On CPU, as many devices are simulated as the mesh wants.
+
+    Args:
+        sizes: Sizes of the axes, outermost first; empty for all devices on `tp`.
+
+    Raises:
+        ModelError: INVALID_REQUEST if the sizes do not make up the devices there are.
+    """
+    wanted = math.prod(sizes.values())
+    if sizes and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", wanted)
+    devices = jax.devices()
+    sizes = sizes or {"fsdp": 1, "tp": len(devices)}
+    if math.prod(sizes.values()) != len(devices):
+        axes = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ModelError(
+            Reason.INVALID_REQUEST,
+            f"mesh {axes} needs {wanted} devices, and there are {len(devices)} "
+            f"({devices[0].device_kind}); choose sizes whose product is {len(devices)}",
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs on disk, in a folder per backend and version of jax."""
+    own = folder / f"{jax.default_backend()}-{jax.__version__}"
+    own.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _useful(buckets: Sequence[Bucket], max_position: int) -> list[Bucket]:
+    """The buckets up to the first length that holds the model's whole context."""
+    longest = next((b.length for b in buckets if b.length >= max_position), buckets[-1].length)
+    return [bucket for bucket in buckets if bucket.length <= longest]
+
+
+def _device_bytes(params: dict[str, jax.Array]) -> dict[int, int]:
+    totals: dict[int, int] = {}
+    for array in params.values():
+        for shard in array.addressable_shards:
+            totals[shard.device.id] = totals.get(shard.device.id, 0) + shard.data.nbytes
+    return totals

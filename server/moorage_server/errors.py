@@ -1,0 +1,36 @@
+"""The server's one exception, with a reason from the wire's list."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why the server refuses a call, beside the models' own reasons."""
+
+    MODEL_NOT_LOADED = "MODEL_NOT_LOADED"
+    SEQUENCE_TOO_LONG = "SEQUENCE_TOO_LONG"
+    OUTPUT_TOO_LARGE = "OUTPUT_TOO_LARGE"
+    TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"
+    ROW_EMPTY = "ROW_EMPTY"
+    OUTPUT_NOT_SERVED = "OUTPUT_NOT_SERVED"
+    NON_FINITE_OUTPUT = "NON_FINITE_OUTPUT"
+    SERVER_DRAINING = "SERVER_DRAINING"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    INTERNAL = "INTERNAL"
+
+
+class ServerError(Exception):
+    """A call is refused.
+
+    Attributes:
+        reason: Why, from a fixed list.
+        message: What was asked, what was found, what would work.
+        details: The parts of the message that a program may want, as strings.
+    """
+
+    def __init__(self, reason: Reason, message: str, **details: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
+        self.details = details
