@@ -1,0 +1,44 @@
+# make demo   a server, a real model, scored sentences
+# make test   lint, types and tests
+# make soak   what is too slow for the suite
+# make bench  every figure, as ratios within one run
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?=
+
+.PHONY: demo test lint soak bench stubs clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/demo.py $(MODEL)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+soak: $(VENV)/dev
+	timeout 3600 $(BIN)/python -m pytest -m soak --timeout 1800
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/forward.py
+
+stubs: $(VENV)/dev
+	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=client --pyi_out=client \
+	  --grpc_python_out=client proto/moorage/v1/moorage.proto
+
+$(VENV)/demo $(VENV)/dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
