@@ -81,9 +81,8 @@ def demonstrate(address: str, model_id: str, where: dict[str, str], tokenizer: s
         ps = [sys.executable, "-m", "moorage", "ps", "--server", address]
         subprocess.run(ps, check=True)
         paris, rome = (float(row[-1]) for row in scores[:2])
-        print(
-            f"\nParis {paris:.2f}, Rome {rome:.2f}: Paris is {'' if paris > rome else 'NOT '}likelier."
-        )
+        verdict = "is" if paris > rome else "is NOT"
+        print(f"\nParis {paris:.2f}, Rome {rome:.2f}: Paris {verdict} likelier.")
         return 0 if paris > rome else 1
 
 

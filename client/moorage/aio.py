@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -102,6 +102,7 @@ class Client:
         dtype: str = "",
         compute_dtype: str = "",
         *,
+        options: Mapping[str, str] | None = None,
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress: bool | None = None,
     ) -> Model:
@@ -109,6 +110,7 @@ class Client:
         model = requests.spec(
             model_id,
             source,
+            options,
             model_path=model_path,
             revision=revision,
             model_download_path=download_path,

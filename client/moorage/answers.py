@@ -107,6 +107,25 @@ class LoadProgress:
     elapsed_seconds: float
 
 
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a checkpoint says of its tokenizer.
+
+    Attributes:
+        files: The tokenizer's files, relative to the checkpoint.
+        bos_id: The token that begins a sequence, or None.
+        eos_ids: Every token that ends one; the configuration's own first.
+        pad_id: The token that pads, or None.
+        has_chat_template: Whether there is a chat template.
+    """
+
+    files: tuple[str, ...]
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+    has_chat_template: bool
+
+
 class Scorer(Protocol[T_co]):
     """What a model needs of its client; `T_co` is Scores, or an awaitable of it."""
 
@@ -140,6 +159,7 @@ class Model(Generic[T_co]):
         token_count: Tokens scored.
         progress: How far the load is, or None once it is ready.
         preset_differences: Where the checkpoint's config.json differs from the preset.
+        tokenizer: What the checkpoint says of its tokenizer.
     """
 
     handle: str
@@ -160,6 +180,7 @@ class Model(Generic[T_co]):
     token_count: int
     progress: LoadProgress | None
     preset_differences: tuple[str, ...]
+    tokenizer: Tokenizer
     client: Scorer[T_co] = field(repr=False, compare=False)
 
     def forward(

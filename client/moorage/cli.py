@@ -90,6 +90,13 @@ def _ids(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not JSON, such as [[1,2],[3]]: {error}") from error
 
 
+def _option(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
 Argument: TypeAlias = tuple[str, Mapping[str, Any]]
 
 
@@ -142,6 +149,16 @@ _COMMANDS: Mapping[str, _Command] = {
             _PATH,
             _REVISION,
             ("--dtype", {"default": "", "help": "of the parameters; as stored if left out"}),
+            (
+                "--option",
+                {
+                    "action": "append",
+                    "default": [],
+                    "type": _option,
+                    "metavar": "NAME=VALUE",
+                    "help": "what the checkpoint does not tell of itself; may be repeated",
+                },
+            ),
             ("--compute-dtype", {"default": "", "help": "of the arithmetic; as --dtype"}),
         ),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -111,6 +111,7 @@ class Client:
         dtype: str = "",
         compute_dtype: str = "",
         *,
+        options: Mapping[str, str] | None = None,
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress: bool | None = None,
     ) -> Model[Scores]:
@@ -127,6 +128,8 @@ class Client:
             download_path: Where the server downloads files to; "" for the source's own cache.
             dtype: The dtype of the parameters in device memory; "" keeps what is stored.
             compute_dtype: The dtype of the arithmetic; "" takes the parameters'.
+            options: What a checkpoint does not tell of itself: "maxtext_rotary" ("halves",
+                "interleaved"), "maxtext_query_scale" ("head_dim", "width_per_head").
             on_progress: Called with each progress, at least once a second.
             progress: Show a bar on stderr; None does so on a terminal.
 
@@ -136,6 +139,7 @@ class Client:
         model = requests.spec(
             model_id,
             source,
+            options,
             model_path=model_path,
             revision=revision,
             model_download_path=download_path,

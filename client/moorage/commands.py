@@ -53,6 +53,7 @@ def load(client: Client, arguments: Namespace) -> Output:
         revision=arguments.revision,
         dtype=arguments.dtype,
         compute_dtype=arguments.compute_dtype,
+        options=dict(arguments.option),
     )
     facts = {
         "handle": model.handle,

@@ -20,6 +20,7 @@ from moorage.answers import (
     Stage,
     SupportedModel,
     T_co,
+    Tokenizer,
 )
 from moorage.v1 import moorage_pb2 as pb
 
@@ -88,6 +89,7 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
         token_count=message.token_count,
         progress=load_progress(message.progress) if message.HasField("progress") else None,
         preset_differences=tuple(message.preset_differences),
+        tokenizer=_tokenizer(message.tokenizer),
         client=client,
     )
 
@@ -109,6 +111,16 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         sources=tuple(_name(pb.ModelSource, source) for source in message.sources),
         outputs=tuple(message.outputs),
         start_time=_time(message, "start_time"),
+    )
+
+
+def _tokenizer(message: pb.TokenizerFacts) -> Tokenizer:
+    return Tokenizer(
+        files=tuple(message.files),
+        bos_id=message.bos_id if message.HasField("bos_id") else None,
+        eos_ids=tuple(message.eos_ids),
+        pad_id=message.pad_id if message.HasField("pad_id") else None,
+        has_chat_template=message.has_chat_template,
     )
 
 

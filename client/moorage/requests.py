@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,18 @@ SOURCES: Mapping[str, pb.ModelSource] = {
 }
 
 
-def spec(model_id: str, source: str | None, **fields: str | None) -> pb.ModelSpec:
+def spec(
+    model_id: str,
+    source: str | None,
+    options: Mapping[str, str] | None = None,
+    **fields: str | None,
+) -> pb.ModelSpec:
     """Says which model is wanted.
 
     Args:
         model_id: A Hugging Face id or a config id.
         source: A key of `SOURCES`, in any case, or None for the server's default.
+        options: What a checkpoint does not tell of itself, by name.
         **fields: Other fields of ModelSpec; None counts as left out.
 
     Returns:
@@ -42,7 +48,9 @@ def spec(model_id: str, source: str | None, **fields: str | None) -> pb.ModelSpe
         raise InvalidRequest(f"unknown source {source!r}; known are {', '.join(SOURCES)}")
     number = None if source is None else SOURCES[str(source).lower()]
     try:
-        return pb.ModelSpec(model_id=model_id, source=number, **fields)
+        message = pb.ModelSpec(model_id=model_id, source=number, options=options)
+        message.MergeFrom(pb.ModelSpec(**cast(Any, fields)))
+        return message
     except TypeError as error:
         raise InvalidRequest(f"a model is named by strings: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -12,8 +13,10 @@ from jax.typing import DTypeLike
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import Decoder
+from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
-from moorage_models.placement import numpy_dtype, place
+from moorage_models.orbax import place_tree
+from moorage_models.placement import place
 from moorage_models.sources import ModelRequest, ModelSource
 
 
@@ -33,6 +36,7 @@ class AutoModel:
         dtype: DTypeLike | None = None,
         compute_dtype: DTypeLike | None = None,
         config: ModelConfig | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> tuple[Decoder, str]:
         """Finds, checks, fetches and places a model.
 
@@ -46,6 +50,8 @@ class AutoModel:
             dtype: Dtype of the parameters; as stored if left out.
             compute_dtype: Dtype of the arithmetic; the parameters' if left out.
             config: Overrides the checkpoint's own configuration.
+            options: What a MaxText checkpoint does not tell of itself; see
+                `families.maxtext.choose`.
 
         Returns:
             The model, and the path that it was read from.
@@ -61,6 +67,7 @@ class AutoModel:
             model_download_path or "",
             _name(dtype),
             _name(compute_dtype),
+            tuple(sorted((options or {}).items())),
         )
         checkpoint = open_checkpoint(request, config=config)
         mesh = auto_mesh(mesh)
@@ -106,6 +113,9 @@ def load(
     """
     monitor = monitor or LoadMonitor()
     folder = checkpoint.repository.fetch(checkpoint.plan.files, monitor)
+    if checkpoint.orbax is not None:
+        folder = folder / checkpoint.orbax
+        return place_tree(checkpoint.plan, folder, mesh, monitor), folder
     return place(checkpoint.plan, folder, mesh, monitor), folder
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from moorage_models.config import ModelConfig
-from moorage_models.errors import ModelError, Reason
-from moorage_models.headers import ITEM_BYTES, read_headers, read_json
+from moorage_models.dtypes import check_dtype
+from moorage_models.errors import ModelError
+from moorage_models.headers import read_headers, read_json
 from moorage_models.hf_config import read_config
 from moorage_models.naming import ModelNaming, preset_for
+from moorage_models.orbax_plan import find_orbax, open_tree
 from moorage_models.plan import Plan, make_plan
 from moorage_models.sources import ModelRequest, Policy, Repository, open_repository
+from moorage_models.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,20 @@ class Checkpoint:
         repository: Where the files are.
         naming: The naming attributes; None for an id that follows no rule, which only labels.
         plan: The plan of its load.
+        orbax: Where below the repository the Orbax checkpoint is; None for safetensors.
         compute_dtype: Dtype of the arithmetic.
+        tokenizer: What it says of its tokenizer.
         preset_differences: Where the checkpoint's config differs from the preset of its id.
     """
 
     request: ModelRequest
     repository: Repository
     naming: ModelNaming | None
-    plan: Plan
+    plan: Plan[Any]
     compute_dtype: str
+    tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     preset_differences: tuple[str, ...] = ()
+    orbax: str | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -53,22 +61,26 @@ def open_checkpoint(
         ModelError: Whatever stands in the way of a load, with the reason.
     """
     for dtype in (request.dtype, request.compute_dtype):
-        if dtype and dtype not in ITEM_BYTES:
-            raise ModelError(
-                Reason.INVALID_REQUEST, f"dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}"
-            )
+        check_dtype(dtype)
     repository = open_repository(request, policy or Policy())
     naming = name_of(request.model_id)
     differences: list[str] = []
     if config is None and "config.json" in repository.files:
         config = read_config(read_json(repository, "config.json"))
         differences = _cross_check(config, naming)
-    tensors = read_headers(repository)
+    orbax = find_orbax(repository)
+    tensors = read_headers(repository) if orbax is None else {}
     if config is None:
         config = preset_for(ModelNaming(model_id=request.model_id).model_config_id)
-    plan = make_plan(config, tensors, request.dtype)
+    plan: Plan[Any]
+    if orbax is None:
+        plan = make_plan(config, tensors, request.dtype)
+    else:
+        plan = open_tree(repository, orbax, config, naming, request)
+        differences += plan.config.differences(config)
     compute = request.compute_dtype or plan.dtype
-    return Checkpoint(request, repository, naming, plan, compute, tuple(differences))
+    facts = read_tokenizer_facts(repository)
+    return Checkpoint(request, repository, naming, plan, compute, facts, tuple(differences), orbax)
 
 
 def name_of(model_id: str) -> ModelNaming | None:

@@ -80,7 +80,9 @@ def logits_of(
     params: Params, hidden: Float32[Array, "b t d"], *, config: ModelConfig, mesh: Mesh
 ) -> Float32[Array, "b t v"]:
     """Logits, or a reward model's scores `[b, t, labels]`, in float32 throughout."""
-    name = "score" if config.num_labels else "embed" if config.tied else "head"
+    if config.num_labels:
+        return Linear(config, mesh).project(hidden, "score", params["score"])
+    name = "embed" if config.tied else "head"
     return softcap(Linear(config, mesh).project(hidden, name, params[name]), config.final_softcap)
 
 
@@ -130,7 +132,8 @@ def _mlp(
 ) -> Float[Array, "b t d"]:
     gate = linear.project(x, "layers.mlp.gate", weights["mlp.gate"])
     up = linear.project(x, "layers.mlp.up", weights["mlp.up"])
-    hidden = _ACTIVATIONS[linear.config.activation](gate) * up
+    activated = _ACTIVATIONS[linear.config.activation](gate.astype(jnp.float32))
+    hidden = (activated * up).astype(x.dtype)
     return linear.project(hidden, "layers.mlp.down", weights["mlp.down"])
 
 

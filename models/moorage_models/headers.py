@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moorage_models.dtypes import ITEM_BYTES
 from moorage_models.errors import ModelError, Reason
 from moorage_models.sources.source import Repository
 
@@ -16,7 +16,6 @@ INDEX = "model.safetensors.index.json"
 
 #: Stored dtypes and their numpy names; any other means a quantised checkpoint.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_JSON_BYTES = 100_000_000
@@ -76,7 +75,7 @@ def read_headers(repository: Repository) -> dict[str, StoredTensor]:
     """
     if INDEX in repository.files:
         return _read_indexed(repository)
-    candidates = fnmatch.filter(repository.files, "*.safetensors")
+    candidates = [n for n in repository.files if n.endswith(".safetensors") and "/" not in n]
     if "model.safetensors" in candidates:
         candidates = ["model.safetensors"]
     if len(candidates) != 1:
@@ -95,12 +94,10 @@ def _read_indexed(repository: Repository) -> dict[str, StoredTensor]:
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if name not in repository.files]:
         raise _corrupt(f"{INDEX} names files that are not there: {', '.join(missing)}")
-    stored = {t.name: t for name in files for t in _read_file(repository, name)}
-    wanted = {name: stored[name] for name in weight_map if name in stored}
-    lost = [n for n, file in weight_map.items() if n not in wanted or wanted[n].file != file]
-    if lost:
+    stored = {(t.file, t.name): t for name in files for t in _read_file(repository, name)}
+    if lost := [name for name, file in weight_map.items() if (file, name) not in stored]:
         raise _corrupt(f"{INDEX} places tensors in files that lack them: {', '.join(lost[:5])}")
-    return wanted
+    return {name: stored[file, name] for name, file in weight_map.items()}
 
 
 def _read_file(repository: Repository, name: str) -> list[StoredTensor]:
@@ -127,13 +124,19 @@ def _read_file(repository: Repository, name: str) -> list[StoredTensor]:
 
 
 def _span(key: str, entry: Mapping[str, Any]) -> tuple[int, int]:
-    begin, stop = (int(x) for x in entry["data_offsets"])
-    shape, dtype = [int(x) for x in entry["shape"]], DTYPES.get(entry["dtype"])
-    if begin < 0 or stop < begin or any(x < 0 for x in shape):
-        raise ValueError(f"tensor {key} has a negative size")
+    begin, stop = _sizes(key, entry["data_offsets"])
+    shape, dtype = _sizes(key, entry["shape"]), DTYPES.get(entry["dtype"])
+    if stop < begin or not isinstance(entry["dtype"], str):
+        raise ValueError(f"tensor {key} has a negative size or no dtype")
     if dtype and stop - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"tensor {key} has {stop - begin} bytes, not those of its shape")
     return begin, stop
+
+
+def _sizes(key: str, values: object) -> list[int]:
+    if not isinstance(values, list) or any(type(x) is not int or x < 0 for x in values):
+        raise ValueError(f"tensor {key} has {values!r:.40} in place of sizes")
+    return values
 
 
 def _tensor(key: str, file: str, entry: Mapping[str, Any], offset: int) -> StoredTensor:

@@ -38,6 +38,30 @@ def contract(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
         ).astype(dtype)
 
 
+def contract_groups(
+    rows: Float[Array, "r i"],
+    weights: Float[Array, "g o i"],
+    sizes: Int[Array, " g"],
+    dtype: DTypeLike,
+) -> Float[Array, "r o"]:
+    """`contract` of consecutive groups of rows, each with a weight of its own.
+
+    Args:
+        rows: The rows, group after group; those after the last group give what is not defined.
+        weights: One weight a group.
+        sizes: Rows of each group.
+        dtype: Dtype of the result.
+    """
+    with jax.named_scope("contract"):
+        return jax.lax.ragged_dot(
+            rows,
+            jnp.swapaxes(weights, 1, 2),
+            sizes.astype(jnp.int32),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        ).astype(dtype)
+
+
 @dataclass(frozen=True)
 class Linear:
     """Multiplies by parameters, wherever they are laid on the mesh.
@@ -76,10 +100,7 @@ class Linear:
 
     def constrain(self, x: Array, tp_axis: int | None) -> Array:
         """States the layout of activations whose first axis is the batch."""
-        ways = self.mesh.shape.get(FSDP, 1)
-        axes: list[str | None] = [None] * x.ndim
-        if ways > 1 and x.shape[0] % ways == 0:
-            axes[0] = FSDP
+        axes: list[str | None] = [*self.batch_spec(x), *[None] * (x.ndim - 1)]
         if tp_axis is not None:
             axes[tp_axis] = TP
         return self._lay(x, PartitionSpec(*axes))
@@ -87,6 +108,11 @@ class Linear:
     def _lay(self, x: Array, spec: PartitionSpec) -> Array:
         laid: Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
         return laid
+
+    def batch_spec(self, x: Array) -> PartitionSpec:
+        """How the first axis of activations is split: over fsdp, if it divides."""
+        ways = self.mesh.shape.get(FSDP, 1)
+        return PartitionSpec(FSDP if ways > 1 and x.shape[0] % ways == 0 else None)
 
     def _on_tp(self, letter: str) -> bool:
         return splits_over_tp(letter, self.config, dict(self.mesh.shape))

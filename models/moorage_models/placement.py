@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from moorage_models.dtypes import ITEM_BYTES, numpy_dtype
 from moorage_models.errors import ModelError, Reason
-from moorage_models.headers import ITEM_BYTES, StoredTensor
+from moorage_models.headers import StoredTensor
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
-from moorage_models.plan import Plan, PlannedParameter
+from moorage_models.plan import Piece, Plan, PlannedParameter
 
 _BAND_BYTES = 8 << 20
 _THREADS = 4
@@ -28,12 +28,9 @@ _THREADS = 4
 Bounds = tuple[tuple[int, int], ...]
 
 
-def numpy_dtype(name: str) -> np.dtype[np.generic]:
-    """A dtype by its numpy name; `bfloat16` is ml_dtypes'."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-def place(plan: Plan, folder: Path, mesh: Mesh, monitor: LoadMonitor) -> dict[str, jax.Array]:
+def place(
+    plan: Plan[Piece], folder: Path, mesh: Mesh, monitor: LoadMonitor
+) -> dict[str, jax.Array]:
     """Loads every parameter of a plan, each device reading its own part only.
 
     Args:
@@ -49,7 +46,8 @@ def place(plan: Plan, folder: Path, mesh: Mesh, monitor: LoadMonitor) -> dict[st
         ModelError: CHECKPOINT_CORRUPT if a file is shorter than its header stated;
             CHECKPOINT_MISMATCH if a stored tied head differs from the embedding; LOAD_CANCELLED.
     """
-    monitor.expect("place", plan.stored_bytes)
+    pieces = [piece for parameter in plan.parameters for piece in parameter.pieces]
+    monitor.expect("place", sum(piece.tensor.nbytes for piece in pieces))
     with _Files(folder) as files, ThreadPoolExecutor(_THREADS, "place") as pool:
         params = {}
         for parameter in plan.parameters:
@@ -99,7 +97,7 @@ class _Band:
 
 
 def _place_one(
-    parameter: PlannedParameter,
+    parameter: PlannedParameter[Piece],
     files: _Files,
     mesh: Mesh,
     pool: ThreadPoolExecutor,
@@ -126,7 +124,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
-def _bands(parameter: PlannedParameter, shards: list[Bounds]) -> Iterator[_Band]:
+def _bands(parameter: PlannedParameter[Piece], shards: list[Bounds]) -> Iterator[_Band]:
     """Bands of rows in the order of the files; rows that no shard here holds are left out."""
     for piece in sorted(parameter.pieces, key=lambda p: (p.tensor.file, p.tensor.offset)):
         tensor, axis = piece.tensor, len(piece.index)

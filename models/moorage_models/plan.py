@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from moorage_models.config import ModelConfig
+from moorage_models.dtypes import ITEM_BYTES, check_dtype
 from moorage_models.errors import ModelError, Reason
 from moorage_models.families import FAMILIES, Family
-from moorage_models.headers import ITEM_BYTES, StoredTensor
+from moorage_models.headers import StoredTensor
+from moorage_models.layouts import ArrayPiece, fill_template
 from moorage_models.parameters import PARAMETERS, parameter_shapes
 from moorage_models.sharding import MeshShape, Spec, shard_shape, storage_spec
 
@@ -32,8 +35,12 @@ class Piece:
     index: tuple[int, ...]
 
 
+#: How a plan's bytes are stored: as safetensors or in an Orbax tree.
+P = TypeVar("P", Piece, ArrayPiece)
+
+
 @dataclass(frozen=True)
-class PlannedParameter:
+class PlannedParameter(Generic[P]):
     """One parameter and where all of it comes from.
 
     Attributes:
@@ -46,7 +53,7 @@ class PlannedParameter:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[P, ...]
 
     def spec(self, mesh: MeshShape) -> Spec:
         """How it is split in device memory; never over the layers."""
@@ -61,45 +68,36 @@ class PlannedParameter:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[P]):
     """Everything that a load will do.
 
     Attributes:
         config: The configuration.
         parameters: The parameters, largest first.
+        files: The files that are needed.
         duplicates: Tensors that must hold the same bytes as a parameter: a tied head that is
             stored as well.
     """
 
     config: ModelConfig
-    parameters: tuple[PlannedParameter, ...]
+    parameters: tuple[PlannedParameter[P], ...]
+    files: tuple[str, ...] = ()
     duplicates: tuple[tuple[StoredTensor, str], ...] = ()
-
-    @property
-    def files(self) -> list[str]:
-        """The files that are needed."""
-        pieces = itertools.chain.from_iterable(p.pieces for p in self.parameters)
-        return sorted({p.tensor.file for p in pieces} | {t.file for t, _ in self.duplicates})
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes to read."""
-        return sum(piece.tensor.nbytes for p in self.parameters for piece in p.pieces)
 
     @property
     def dtype(self) -> str:
         """The dtype of most of the parameters' bytes."""
-        totals: dict[str, int] = dict.fromkeys(_WIDTHS, 0)
-        for parameter in self.parameters:
-            totals[parameter.dtype] += math.prod(parameter.shape) * ITEM_BYTES[parameter.dtype]
-        return max(totals, key=totals.__getitem__)
+        sizes = ((p.dtype, math.prod(p.shape) * ITEM_BYTES[p.dtype]) for p in self.parameters)
+        return most_bytes(sizes)
 
     def device_bytes(self, mesh: MeshShape) -> int:
         """Bytes of parameters on each device of a mesh."""
         return sum(parameter.device_bytes(mesh) for parameter in self.parameters)
 
 
-def make_plan(config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: str = "") -> Plan:
+def make_plan(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: str = ""
+) -> Plan[Piece]:
     """Matches every parameter of `config` with stored tensors.
 
     Args:
@@ -113,8 +111,9 @@ def make_plan(config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: s
     """
     family = FAMILIES[config.family]
     named = {_canonical(name, family): tensor for name, tensor in tensors.items()}
+    twins = [n for n, tensor in tensors.items() if named[_canonical(n, family)] is not tensor]
+    misfits = [f"stored under two names: {_some(twins)}"] if twins else []
     duplicates = _duplicates(config, named)
-    misfits: list[str] = []
     parameters = []
     for name, shape in parameter_shapes(config).items():
         pieces = tuple(_pieces(name, shape, family.tensors[name], named, misfits))
@@ -131,7 +130,17 @@ def make_plan(config: ModelConfig, tensors: Mapping[str, StoredTensor], dtype: s
         )
     _refuse_quantised(parameters)
     parameters.sort(key=lambda p: -math.prod(p.shape))
-    return Plan(config, tuple(parameters), duplicates)
+    files = {piece.tensor.file for p in parameters for piece in p.pieces}
+    files |= {tensor.file for tensor, _ in duplicates}
+    return Plan(config, tuple(parameters), tuple(sorted(files)), duplicates)
+
+
+def most_bytes(sizes: Iterable[tuple[str, int]]) -> str:
+    """The dtype that most bytes have, of pairs of a dtype and bytes."""
+    totals: dict[str, int] = dict.fromkeys(_WIDTHS, 0)
+    for dtype, nbytes in sizes:
+        totals[dtype] += nbytes
+    return max(totals, key=totals.__getitem__)
 
 
 def _canonical(name: str, family: Family) -> str:
@@ -162,7 +171,7 @@ def _pieces(
     leading = template.count("*") + template.count("#")
     missing, wrong = [], {}
     for index in itertools.product(*(range(size) for size in shape[:leading])):
-        wanted = _fill(template, index)
+        wanted = fill_template(template, index)
         tensor = named.pop(wanted, None)
         if tensor is None:
             missing.append(wanted)
@@ -179,12 +188,6 @@ def _pieces(
         )
 
 
-def _fill(template: str, index: tuple[int, ...]) -> str:
-    for mark, number in zip("*#", index, strict=False):
-        template = template.replace(mark, str(number))
-    return template
-
-
 def _left_over(named: Mapping[str, StoredTensor], family: Family) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name, tensor in named.items():
@@ -197,7 +200,7 @@ def _some(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more like it" if len(names) > 1 else "")
 
 
-def _refuse_quantised(parameters: list[PlannedParameter]) -> None:
+def _refuse_quantised(parameters: list[PlannedParameter[Piece]]) -> None:
     for parameter in parameters:
         for piece in parameter.pieces:
             if piece.tensor.dtype not in ITEM_BYTES:
@@ -208,15 +211,19 @@ def _refuse_quantised(parameters: list[PlannedParameter]) -> None:
                 )
 
 
-def preset_plan(config: ModelConfig, dtype: str = "") -> Plan:
+def preset_plan(config: ModelConfig, dtype: str = "") -> Plan[Piece]:
     """The sizes of a model that no checkpoint was looked into for; it has no tensors.
 
     Args:
         config: The configuration.
         dtype: Dtype of the parameters; empty for bfloat16, in which all presets are published.
+
+    Raises:
+        ModelError: INVALID_REQUEST for a dtype that parameters cannot have.
     """
+    check_dtype(dtype)
     parameters = tuple(
-        PlannedParameter(name, shape, dtype or "bfloat16", ())
+        PlannedParameter[Piece](name, shape, dtype or "bfloat16", ())
         for name, shape in parameter_shapes(config).items()
     )
     return Plan(config, parameters)

@@ -21,13 +21,12 @@ MeshShape = Mapping[str, int]
 Spec = tuple[tuple[str, ...], ...]
 
 #: Letters (see `parameters`) that tensor parallelism splits.
-TP_LETTERS = frozenset("nkfvm")
+TP_LETTERS = frozenset("nkfvme")
 
 _FIRST_AXIS: dict[bool, tuple[tuple[str, ...], ...]] = {
     True: ((TP, FSDP), (TP,), (FSDP,)),
     False: ((FSDP,),),
 }
-_EXPERTS: tuple[tuple[str, ...], ...] = ((FSDP, TP), (FSDP,), (TP,))
 
 
 def storage_spec(axes: str, shape: tuple[int, ...], mesh: MeshShape) -> Spec:
@@ -48,9 +47,7 @@ def storage_spec(axes: str, shape: tuple[int, ...], mesh: MeshShape) -> Spec:
     used: set[str] = set()
     spec = []
     for position, (letter, size) in enumerate(zip(letters, shape, strict=True)):
-        if letter == "e":
-            choices = _EXPERTS
-        elif position == 0:
+        if position == 0:
             choices = _FIRST_AXIS[letter in TP_LETTERS]
         else:
             choices = ((TP,),) if letter in TP_LETTERS else ()
@@ -82,7 +79,8 @@ def splits_over_tp(letter: str, config: ModelConfig, mesh: MeshShape) -> bool:
         "k": config.num_kv_heads if config.num_heads % tp == 0 else 1,
         "f": config.hidden_dim,
         "v": config.vocab_size,
-        "m": config.expert_hidden_dim,
+        "e": config.num_experts,
+        "m": config.expert_hidden_dim if config.num_experts % tp else 1,  # whole experts first
     }
     return tp > 1 and letter in units and units[letter] % tp == 0
 

@@ -51,6 +51,8 @@ class Model:
         tokens: Tokens scored.
         waiters: Callers that watch the load.
         in_use: Forward passes that run or wait.
+        load: The task of its load.
+        unload: The task that frees it, once that was asked for.
     """
 
     handle: str
@@ -65,6 +67,8 @@ class Model:
     tokens: int = 0
     waiters: int = 0
     in_use: int = 0
+    load: asyncio.Task[None] | None = None
+    unload: asyncio.Task[dict[int, int]] | None = None
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextmanager
@@ -100,7 +104,6 @@ class ModelCache:
         self._policy = policy
         self._resolving: dict[ModelRequest, asyncio.Task[Checkpoint]] = {}
         self._models: dict[str, Model] = {}
-        self._loads: dict[str, asyncio.Task[None]] = {}
         self._load_threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
         self.device_thread = ThreadPoolExecutor(1, "device")
 
@@ -118,15 +121,16 @@ class ModelCache:
             task.add_done_callback(_retrieve)
         return await asyncio.shield(task)
 
-    def join(self, checkpoint: Checkpoint) -> Model:
-        """The model of a checkpoint, whose load is started if nobody has asked for it yet."""
-        handle = handle_of(checkpoint, self._engine.info().mesh)
-        model = self._models.get(handle)
-        if model is None:
-            model = self._models[handle] = Model(handle, checkpoint)
-            task = self._loads[handle] = asyncio.create_task(self._load(model))
-            task.add_done_callback(_retrieve)
-        return model
+    def join(self, request: ModelRequest) -> asyncio.Task[Model]:
+        """Joins the load of a model, or starts it if nobody has asked for it yet.
+
+        Returns:
+            A task that gives the model, loaded or not, or raises whatever stands in the way of a
+            load. It is not the caller's to cancel: wait for it, or shield it.
+        """
+        task = asyncio.create_task(self._join(request))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
 
     async def watch(self, model: Model) -> AsyncIterator[None]:
         """Yields whenever progress may have changed, until the model is ready.
@@ -136,14 +140,13 @@ class ModelCache:
         Raises:
             ModelError: The load failed or was cancelled.
         """
-        load = self._loads.get(model.handle)
+        assert model.load
         model.waiters += 1
         try:
-            while load and not load.done():
+            while not model.load.done():
                 yield
-                await asyncio.wait([load], timeout=_WATCH_SECONDS)
-            if load:
-                load.result()
+                await asyncio.wait([model.load], timeout=_WATCH_SECONDS)
+            model.load.result()
         finally:
             model.waiters -= 1
 
@@ -183,6 +186,8 @@ class ModelCache:
     async def unload(self, handle: str) -> dict[int, int]:
         """Frees a model once its running forward passes have ended; cancels a running load.
 
+        Callers share one unloading, which goes on if they leave.
+
         Returns:
             Bytes that came back, by device id.
 
@@ -190,20 +195,41 @@ class ModelCache:
             ServerError: MODEL_NOT_LOADED.
         """
         model = self.get(handle)
-        if load := self._loads.get(handle):
+        if model.unload is None:
+            model.unload = asyncio.create_task(self._unload(model))
+            model.unload.add_done_callback(_retrieve)
+        return await asyncio.shield(model.unload)
+
+    def stop(self) -> None:
+        """Cancels the running loads, for the process is about to end."""
+        for model in self.models():
             model.monitor.cancel()
-            await asyncio.wait([load])
-            if handle not in self._models:
-                return {}
-        if model.state is State.DRAINING:
-            raise ServerError(Reason.MODEL_NOT_LOADED, f"model {handle} is being unloaded already")
+
+    async def _join(self, request: ModelRequest) -> Model:
+        checkpoint = await self.resolve(request)
+        handle = handle_of(checkpoint, self._engine.info().mesh)
+        while (model := self._models.get(handle)) and model.unload:
+            await asyncio.wait([model.unload])
+        if model is None:
+            model = self._models[handle] = Model(handle, checkpoint)
+            model.load = asyncio.create_task(self._load(model))
+            model.load.add_done_callback(_retrieve)
+        return model
+
+    async def _unload(self, model: Model) -> dict[int, int]:
+        if model.load and not model.load.done():
+            model.monitor.cancel()
+            await asyncio.wait([model.load])
+        if model.state is not State.READY:  # nothing is left of a load that failed
+            return {}
         model.state = State.DRAINING
         await model.idle()
-        # On the device thread, so that an abandoned forward pass ends first.
         loop = asyncio.get_running_loop()
-        freed = await loop.run_in_executor(self.device_thread, self._engine.unload, handle)
-        del self._models[handle]
-        return freed
+        try:
+            # On the device thread, so that an abandoned forward pass ends first.
+            return await loop.run_in_executor(self.device_thread, self._engine.unload, model.handle)
+        finally:
+            del self._models[model.handle]
 
     async def _load(self, model: Model) -> None:
         begin = time.monotonic()
@@ -217,7 +243,6 @@ class ModelCache:
             raise
         finally:
             model.load_seconds = time.monotonic() - begin
-            del self._loads[model.handle]
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
@@ -232,9 +257,10 @@ def handle_of(checkpoint: Checkpoint, mesh: dict[str, int]) -> str:
     fingerprint = (
         sorted(asdict(checkpoint.config).items(), key=lambda item: item[0]),
         request.source.value,
+        request.options,
         repository.key,
         repository.revision,
-        request.dtype or "as stored",
+        sorted((parameter.name, parameter.dtype) for parameter in checkpoint.plan.parameters),
         checkpoint.compute_dtype,
         sorted(mesh.items()),
     )

@@ -14,6 +14,7 @@ from moorage_models.config import ModelConfig
 from moorage_models.errors import ModelError, Reason
 from moorage_models.naming import ModelNaming
 from moorage_models.sources import ModelRequest, ModelSource
+from moorage_models.tokenizer_facts import TokenizerFacts
 from moorage_server.cache import Model, State
 
 _PREFIX = "MODEL_SOURCE_"
@@ -37,6 +38,7 @@ def to_request(spec: pb.ModelSpec) -> ModelRequest:
         spec.model_download_path,
         spec.dtype,
         spec.compute_dtype,
+        tuple(sorted(spec.options.items())),
     )
 
 
@@ -44,18 +46,19 @@ def to_spec(request: ModelRequest) -> pb.ModelSpec:
     """A request as the wire has it."""
     return pb.ModelSpec(
         model_id=request.model_id,
-        source=source_number(request.source),
+        source=source_name(request.source),
         model_path=request.model_path,
         revision=request.revision,
         model_download_path=request.download_path,
         dtype=request.dtype,
         compute_dtype=request.compute_dtype,
+        options=dict(request.options),
     )
 
 
-def source_number(source: ModelSource) -> pb.ModelSource:
-    """A source as the wire has it."""
-    return pb.ModelSource.Value(_PREFIX + source.name)  # type: ignore[return-value]
+def source_name(source: ModelSource) -> str:
+    """A source as the wire names it."""
+    return _PREFIX + source.name
 
 
 def to_name(naming: ModelNaming | None, model_id: str) -> pb.ModelName:
@@ -120,12 +123,24 @@ def to_model(model: Model) -> pb.Model:
         forward_count=model.forwards,
         token_count=model.tokens,
         preset_differences=checkpoint.preset_differences,
+        tokenizer=to_tokenizer(checkpoint.tokenizer),
     )
     if model.last_use:
         message.last_use_time.CopyFrom(timestamp(model.last_use))
     if model.state is State.LOADING:
         message.progress.CopyFrom(to_progress(model))
     return message
+
+
+def to_tokenizer(facts: TokenizerFacts) -> pb.TokenizerFacts:
+    """What is known of the tokenizer."""
+    return pb.TokenizerFacts(
+        files=facts.files,
+        bos_id=facts.bos_id,
+        eos_ids=facts.eos_ids,
+        pad_id=facts.pad_id,
+        has_chat_template=facts.has_chat_template,
+    )
 
 
 def to_device_bytes(amounts: Mapping[int, int]) -> list[pb.DeviceBytes]:

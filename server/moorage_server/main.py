@@ -57,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         mesh = make_mesh(_sizes(args.mesh))
         engine = LocalEngine(mesh, _buckets(args.buckets, mesh.shape.get("fsdp", 1)))
-    except (ModelError, ValueError) as error:
+        keep_compiled(args.compile_cache)
+    except (ModelError, OSError, ValueError) as error:
         print(f"moorage serve: {error}", file=sys.stderr)
         return 1
-    keep_compiled(args.compile_cache)
     policy = Policy(roots=tuple(root.resolve() for root in args.root))
     return asyncio.run(_serve(args.listen, engine, policy))
 
 
-def make_server(engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:
-    """A server with every service added, not yet listening."""
+def make_server(cache: ModelCache, engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:
+    """A server with every service added, not yet listening, and its health service."""
     server = grpc.aio.server(
         interceptors=[ErrorInterceptor()],
         options=[
@@ -76,7 +76,6 @@ def make_server(engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:
             ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
         ],
     )
-    cache = ModelCache(engine, policy)
     pb_grpc.add_NamingServiceServicer_to_server(NamingService(cache, engine), server)
     pb_grpc.add_ModelServiceServicer_to_server(ModelService(cache), server)
     pb_grpc.add_ScoringServiceServicer_to_server(ScoringService(cache, engine), server)
@@ -91,7 +90,8 @@ def make_server(engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:
 
 
 async def _serve(listen: str, engine: Engine, policy: Policy) -> int:
-    server, healthy = make_server(engine, policy)
+    cache = ModelCache(engine, policy)
+    server, healthy = make_server(cache, engine, policy)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
@@ -109,6 +109,7 @@ async def _serve(listen: str, engine: Engine, policy: Policy) -> int:
     await stop.wait()
     _log.info("stopping")
     await healthy.enter_graceful_shutdown()
+    cache.stop()
     await server.stop(_STOP_SECONDS)
     return 0
 
@@ -140,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where compiled programs are kept; default: %(default)s",
     )
-    parser.add_argument("--log-level", default="info", help="debug, info, warning or error")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", default="info", choices=levels, help="how much is logged")
     return parser
 
 

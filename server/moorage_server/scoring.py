@@ -12,7 +12,7 @@ from jaxtyping import Int32
 
 from moorage_models.config import ModelConfig
 from moorage_server.engine import Batch, Bucket
-from moorage_server.engine.outputs import OUTPUTS
+from moorage_server.engine.outputs import OUTPUTS, served
 from moorage_server.errors import Reason, ServerError
 
 #: The largest answer, in bytes.
@@ -75,6 +75,7 @@ def _check_segments(row: int, segments: np.ndarray) -> None:
         raise ServerError(
             Reason.INVALID_REQUEST,
             f"the segments of row {row} are not numbered 1, 2, ... without a gap",
+            row=str(row),
         )
 
 
@@ -107,8 +108,12 @@ def check_rows(
                 row=str(row),
                 limit=str(longest),
             )
-    if unknown := [name for name in outputs if name not in OUTPUTS]:
-        raise ServerError(Reason.OUTPUT_NOT_SERVED, f"no output {', '.join(unknown)} is served")
+    known = served(config)
+    if unknown := [name for name in outputs if name not in known]:
+        raise ServerError(
+            Reason.OUTPUT_NOT_SERVED,
+            f"this model does not serve {', '.join(unknown)}; it serves {', '.join(known)}",
+        )
     size = sum(4 * len(rows.tokens) * math.prod(OUTPUTS[o].width(config)) for o in outputs)
     if size > MAX_OUTPUT_BYTES:
         raise ServerError(

@@ -21,7 +21,7 @@ from moorage_models.plan import preset_plan
 from moorage_models.sources import SOURCES, Policy
 from moorage_server import __version__, convert
 from moorage_server.cache import Model, ModelCache, State
-from moorage_server.engine import Engine
+from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.outputs import OUTPUTS
 from moorage_server.scoring import MAX_OUTPUT_BYTES, Rows, check_rows, make_rows, score
 
@@ -44,10 +44,11 @@ class NamingService(pb_grpc.NamingServiceServicer):
     ) -> pb.ResolveNameResponse:
         """Naming attributes, and with a source whether it can be loaded."""
         mesh = self._engine.info().mesh
+        wanted = convert.to_request(request.model)
         preset = _preset(request.model.model_id)
         if request.check_source or (request.estimate and preset is None):
             try:
-                checkpoint = await self._cache.resolve(convert.to_request(request.model))
+                checkpoint = await self._cache.resolve(wanted)
             except ModelError as error:
                 return _refused(request.model.model_id, error)
             response, plan = convert.loadable(checkpoint), checkpoint.plan
@@ -95,13 +96,13 @@ class ModelService(pb_grpc.ModelServiceServicer):
     ) -> AsyncIterator[pb.LoadModelResponse]:
         """Joins or starts a load; leaving leaves it running."""
         begin = time.monotonic()
-        resolve = asyncio.ensure_future(self._cache.resolve(convert.to_request(request.model)))
-        while not (await asyncio.wait([resolve], timeout=_HEARTBEAT_SECONDS))[0]:
+        join = self._cache.join(convert.to_request(request.model))
+        while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
             elapsed = convert.duration(time.monotonic() - begin)
             yield pb.LoadModelResponse(
                 progress=pb.LoadProgress(state=pb.MODEL_STATE_RESOLVING, elapsed=elapsed)
             )
-        model = self._cache.join(resolve.result())
+        model = join.result()
         last, sent = pb.LoadProgress(), 0.0
         async for _ in self._cache.watch(model):
             progress = convert.to_progress(model)
@@ -144,7 +145,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         model = self._cache.ready(request.handle)
         outputs = [name for name in OUTPUTS if getattr(request.outputs, name)] or ["logprobs"]
         rows = make_rows(request.token_ids, request.row_lengths, request.segment_ids)
-        check_rows(rows, model.checkpoint.config, outputs, self._engine.info().buckets)
+        check_rows(rows, model.checkpoint.config, outputs, self._buckets(model))
         with model.use(len(rows.tokens)):
             queued = time.monotonic()
             started, ended, values = await asyncio.get_running_loop().run_in_executor(
@@ -166,10 +167,13 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
             rows,
             model.checkpoint.config,
             outputs,
-            self._engine.info().buckets,
+            self._buckets(model),
             lambda batch, names: self._engine.forward(model.handle, batch, names),
         )
         return begin, time.monotonic(), values
+
+    def _buckets(self, model: Model) -> Sequence[Bucket]:
+        return self._engine.info().buckets_for(model.checkpoint.config.max_position)
 
 
 class ServerService(pb_grpc.ServerServiceServicer):
@@ -206,7 +210,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
                 max_sequence_length=info.buckets[-1].length,
                 max_output_bytes=MAX_OUTPUT_BYTES,
             ),
-            sources=[convert.source_number(source) for source in sources],
+            sources=[convert.source_name(source) for source in sources],
             outputs=list(OUTPUTS),
             start_time=convert.timestamp(self._started),
         )

@@ -115,7 +115,14 @@ MODEL_STATE_FAILED: ModelState
 MODEL_STATE_CANCELLED: ModelState
 
 class ModelSpec(_message.Message):
-    __slots__ = ("model_id", "source", "model_path", "revision", "model_download_path", "dtype", "compute_dtype")
+    __slots__ = ("model_id", "source", "model_path", "revision", "model_download_path", "dtype", "compute_dtype", "options")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +130,7 @@ class ModelSpec(_message.Message):
     MODEL_DOWNLOAD_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     source: ModelSource
     model_path: str
@@ -130,7 +138,8 @@ class ModelSpec(_message.Message):
     model_download_path: str
     dtype: str
     compute_dtype: str
-    def __init__(self, model_id: _Optional[str] = ..., source: _Optional[_Union[ModelSource, str]] = ..., model_path: _Optional[str] = ..., revision: _Optional[str] = ..., model_download_path: _Optional[str] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ...) -> None: ...
+    options: _containers.ScalarMap[str, str]
+    def __init__(self, model_id: _Optional[str] = ..., source: _Optional[_Union[ModelSource, str]] = ..., model_path: _Optional[str] = ..., revision: _Optional[str] = ..., model_download_path: _Optional[str] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelName(_message.Message):
     __slots__ = ("model_id", "model_name", "model_family", "model_version", "model_config_category", "model_config_id")
@@ -269,7 +278,7 @@ class LoadProgress(_message.Message):
     def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., stages: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., waiters: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences")
+    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +296,7 @@ class Model(_message.Message):
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     PRESET_DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     handle: str
     state: ModelState
     name: ModelName
@@ -304,7 +314,22 @@ class Model(_message.Message):
     token_count: int
     progress: LoadProgress
     preset_differences: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ...) -> None: ...
+    tokenizer: TokenizerFacts
+    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ...) -> None: ...
+
+class TokenizerFacts(_message.Message):
+    __slots__ = ("files", "bos_id", "eos_ids", "pad_id", "has_chat_template")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    BOS_ID_FIELD_NUMBER: _ClassVar[int]
+    EOS_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAD_ID_FIELD_NUMBER: _ClassVar[int]
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedScalarFieldContainer[str]
+    bos_id: int
+    eos_ids: _containers.RepeatedScalarFieldContainer[int]
+    pad_id: int
+    has_chat_template: bool
+    def __init__(self, files: _Optional[_Iterable[str]] = ..., bos_id: _Optional[int] = ..., eos_ids: _Optional[_Iterable[int]] = ..., pad_id: _Optional[int] = ..., has_chat_template: bool = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("handle",)

@@ -72,7 +72,9 @@ class Family:
         name: The family's name; `ModelConfig.family` of its members.
         category: The configuration class in the naming rules.
         prefixes: How the names of its members begin.
-        architectures: Class names in a checkpoint's `config.json`.
+        architectures: Class names in a checkpoint's `config.json`, with the `model_type` beside
+            them. Of each kind (language model or reward model, dense or `Moe`), the first is
+            what is written.
         switches: `ModelConfig` fields that all members share.
         defaults: Keys that a `config.json` may leave out, with the values that transformers'
             configuration class of this family gives them.
@@ -86,7 +88,7 @@ class Family:
     name: str
     category: str
     prefixes: tuple[Prefix, ...]
-    architectures: tuple[str, ...]
+    architectures: Mapping[str, str]
     switches: Mapping[str, Any]
     defaults: Mapping[str, Any]
     presets: Mapping[str, ModelConfig]

@@ -43,7 +43,7 @@ FAMILY = Family(
         Prefix("gemma", ("gemma-",)),
         Prefix("gemma1p1", ("gemma-1.1-", "gemma1.1-")),
     ),
-    architectures=("GemmaForCausalLM", "GemmaForSequenceClassification"),
+    architectures={"GemmaForCausalLM": "gemma", "GemmaForSequenceClassification": "gemma"},
     switches=_SWITCHES,
     # transformers' GemmaConfig, but for hidden_activation: the first releases say
     # hidden_act = "gelu" without it, and mean the tanh approximation that they were trained with

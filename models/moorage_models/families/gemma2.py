@@ -50,7 +50,7 @@ FAMILY = Family(
     name="gemma2",
     category="gemma",
     prefixes=(Prefix("gemma2", ("gemma-2-", "gemma2-")),),
-    architectures=("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+    architectures={"Gemma2ForCausalLM": "gemma2", "Gemma2ForSequenceClassification": "gemma2"},
     switches=_SWITCHES,
     # transformers' Gemma2Config, whose alternation is a rule and not a key
     defaults={

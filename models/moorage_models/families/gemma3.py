@@ -67,12 +67,12 @@ FAMILY = Family(
     name="gemma3",
     category="gemma3",
     prefixes=(Prefix("gemma3", ("gemma-3-", "gemma3-")),),
-    architectures=(
-        "Gemma3ForCausalLM",
-        "Gemma3ForConditionalGeneration",
-        "Gemma3TextForSequenceClassification",
-        "Gemma3ForSequenceClassification",
-    ),
+    architectures={
+        "Gemma3ForCausalLM": "gemma3_text",
+        "Gemma3ForConditionalGeneration": "gemma3",
+        "Gemma3TextForSequenceClassification": "gemma3_text",
+        "Gemma3ForSequenceClassification": "gemma3",
+    },
     switches=_SWITCHES,
     # transformers' Gemma3TextConfig; the multimodal releases' config.json leans on them
     defaults={

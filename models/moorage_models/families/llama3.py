@@ -50,7 +50,7 @@ FAMILY = Family(
         Prefix("llama3p1", ("llama-3.1-", "llama3.1-")),
         Prefix("llama3p2", ("llama-3.2-", "llama3.2-")),
     ),
-    architectures=("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    architectures={"LlamaForCausalLM": "llama", "LlamaForSequenceClassification": "llama"},
     switches=_SWITCHES,
     # transformers' LlamaConfig
     defaults={

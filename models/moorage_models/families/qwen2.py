@@ -51,7 +51,7 @@ FAMILY = Family(
         Prefix("qwen2p5", ("qwen2.5-",)),
         Prefix("deepseek_r1_distill_qwen", ("deepseek-r1-distill-qwen-",)),
     ),
-    architectures=("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    architectures={"Qwen2ForCausalLM": "qwen2", "Qwen2ForSequenceClassification": "qwen2"},
     switches=_SWITCHES,
     # transformers' Qwen2Config
     defaults={

@@ -59,12 +59,12 @@ FAMILY = Family(
     name="qwen3",
     category="qwen3",
     prefixes=(Prefix("qwen3", ("qwen3-",)),),
-    architectures=(
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "Qwen3ForSequenceClassification",
-        "Qwen3MoeForSequenceClassification",
-    ),
+    architectures={
+        "Qwen3ForCausalLM": "qwen3",
+        "Qwen3MoeForCausalLM": "qwen3_moe",
+        "Qwen3ForSequenceClassification": "qwen3",
+        "Qwen3MoeForSequenceClassification": "qwen3_moe",
+    },
     switches=_SWITCHES,
     # transformers' Qwen3Config
     defaults={

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import errno
+import fnmatch
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-from huggingface_hub import errors as hub_errors
-from tqdm import tqdm
+from huggingface_hub import constants
+from huggingface_hub.utils import (
+    _xet,
+    build_hf_headers,  # type: ignore[attr-defined] # documented, but exported lazily
+)
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.sources.hf_cache import Held, HubCache, HubFile, verify
+from moorage_models.sources.hf_errors import persist
+from moorage_models.sources.hf_progress import FileProgress
+from moorage_models.sources.internal import within_roots
 from moorage_models.sources.source import ModelRequest, Policy
 
 _PARALLEL_FILES = 4
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further attempt
+_POLL_SECONDS = 0.1
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_REVISION = re.compile(r"(?!/)(?!.*\.\.)[\w./+@-]+")
 
-_TOKEN_HINT = "accept the terms on the model's page and set HF_TOKEN on the server"
-
-#: The hub's errors, the most special first: several derive from one another.
-_ERRORS: tuple[tuple[type[Exception], Reason, str], ...] = (
-    (hub_errors.GatedRepoError, Reason.SOURCE_AUTH_REQUIRED, _TOKEN_HINT),
-    (
-        hub_errors.RepositoryNotFoundError,
-        Reason.CHECKPOINT_NOT_FOUND,
-        "check the id; a private repository needs HF_TOKEN set on the server",
-    ),
-    (hub_errors.RevisionNotFoundError, Reason.CHECKPOINT_NOT_FOUND, "check the revision"),
-    (hub_errors.EntryNotFoundError, Reason.CHECKPOINT_NOT_FOUND, "the file is not there"),
-    (hub_errors.HFValidationError, Reason.CHECKPOINT_NOT_FOUND, "check the id"),
+#: Small files that make the folder of a load a snapshot that other tools can use.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
 )
+
+# The client warns on stderr of every attempt that fails; what comes of it is raised from here.
+_log = logging.getLogger("huggingface_hub")
+if _log.level == logging.WARNING:
+    _log.setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -45,17 +57,19 @@ class HubRepository:
 
     Attributes:
         repo_id: `owner/name`.
-        revision: The commit.
-        files: Sizes by name.
-        local_dir: Where files go; None for the hub's cache.
-        cached: The snapshot's folder, if the whole checkpoint is on this machine already.
+        asked: The revision that was asked for.
+        revision: The commit that it stood for.
+        cache: Where files are kept.
+        held: The files of the commit, and what of them this machine holds.
+        heads: The beginnings of files that were read from the hub.
     """
 
     repo_id: str
+    asked: str
     revision: str
-    files: Mapping[str, int]
-    local_dir: str | None = None
-    cached: Path | None = None
+    cache: HubCache
+    held: Held
+    heads: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -67,132 +81,164 @@ class HubRepository:
         """The repository."""
         return self.repo_id
 
+    @property
+    def local(self) -> Path | None:
+        """The folder of a commit that was fetched before."""
+        return self.cache.folder(self.revision) if self.held.paths else None
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Sizes by name."""
+        return {name: file.size for name, file in self.held.files.items()}
+
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes `start .. stop` of a file: from the cache, or by a ranged request."""
-        local = self.cached / name if self.cached else self._in_cache(name)
-        if local is not None:
-            with open(local, "rb") as file:
+        """The bytes `start .. stop` of a file: from this machine, or by a ranged request."""
+        if name in self.held.paths:
+            with open(self.held.paths[name], "rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
-        with _mapped(self.label):
-            path = f"{self.repo_id}@{self.revision}/{name}"
-            content = huggingface_hub.HfFileSystem().cat_file(path, start=start, end=stop)
-            assert isinstance(content, bytes)
-            return content
+        if start == stop:
+            return b""
+        content = persist(lambda: self._request(name, start, stop), self.label, _PAUSES)
+        if start == len(self.heads.get(name, b"")):
+            self.heads[name] = self.heads.get(name, b"") + content
+        return content
 
     def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
-        """Downloads files, several at a time, and returns the snapshot's folder."""
-        if self.cached:
-            return self.cached
-        monitor.expect("fetch", sum(self.files[name] for name in names))
-        bar = _bar(monitor)
+        """Downloads files and their companions, several at a time, and verifies them once.
 
-        def download(name: str) -> str:
-            return huggingface_hub.hf_hub_download(
+        Returns:
+            The snapshot's folder.
+
+        Raises:
+            ModelError: SOURCE_UNAVAILABLE or SOURCE_AUTH_REQUIRED as the hub answers; DISK_FULL;
+                CHECKPOINT_CORRUPT if a file is not what the hub states; LOAD_CANCELLED.
+        """
+        wanted = {name: self.held.files[name] for name in [*_companions(self.held.files), *names]}
+        monitor.expect("fetch", sum(file.size for file in wanted.values()))
+        self.cache.require_space(self.revision, wanted)
+        over = threading.Event()
+        pool = ThreadPoolExecutor(_PARALLEL_FILES, "fetch")
+        try:
+            futures = {
+                pool.submit(self._bring, name, FileProgress(monitor, over, file.size)): name
+                for name, file in wanted.items()
+            }
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+                monitor.check()
+                wanted |= {futures[future]: future.result() for future in done}
+        except BaseException:
+            over.set()
+            _abort_transfers()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.cache.record(self.asked, self.revision, {**self.held.files, **wanted}, self.heads)
+        return self.cache.folder(self.revision)
+
+    def _bring(self, name: str, progress: FileProgress) -> HubFile:
+        """Downloads one file, if it is not there, and verifies it, if it was not."""
+        file = self.held.files[name]
+        bar = progress.bar()
+
+        def download() -> None:
+            progress.restart()
+            huggingface_hub.hf_hub_download(
                 self.repo_id,
                 name,
                 revision=self.revision,
-                local_dir=self.local_dir,
+                local_dir=self.cache.local_dir,
                 tqdm_class=bar,
             )
 
-        with _mapped(self.label), ThreadPoolExecutor(_PARALLEL_FILES, "fetch") as pool:
-            paths = list(pool.map(download, names))
-        return Path(paths[0].removesuffix(names[0]))
+        persist(download, self.label, _PAUSES)
+        path = self.cache.folder(self.revision) / name
+        verified = verify(path, name, file, progress.advance)
+        progress.finish()
+        return verified
 
-    def _in_cache(self, name: str) -> str | None:
-        found = huggingface_hub.try_to_load_from_cache(self.repo_id, name, revision=self.revision)
-        return found if isinstance(found, str) else None
+    def _request(self, name: str, start: int, stop: int) -> bytes:
+        url = huggingface_hub.hf_hub_url(self.repo_id, name, revision=self.revision)
+        asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        content = bytearray()
+        session = huggingface_hub.get_session()
+        headers = build_hf_headers(headers=asked)
+        with session.stream("GET", url, headers=headers, timeout=timeout) as response:
+            huggingface_hub.hf_raise_for_status(response)
+            if response.status_code == 206 or start == 0:
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) >= stop - start:
+                        break
+        if len(content) < stop - start:
+            raise OSError(f"{name} was answered with {len(content)} of {stop - start} bytes")
+        return bytes(content[: stop - start])
 
 
 def open_hub(request: ModelRequest, policy: Policy) -> HubRepository:
     """The repository that a request names: its path if it has one, else its id.
 
-    A commit that is wholly in the cache is opened without a network request. If the hub cannot
-    be reached, what the cache holds for the revision is used.
+    A commit that was fetched before is opened without a network request. If the hub cannot be
+    reached, what this machine holds for the revision is used, if it is whole.
 
     Raises:
-        ModelError: MODEL_PATH_REQUIRED if neither names a repository; SOURCE_UNAVAILABLE,
-            SOURCE_AUTH_REQUIRED or CHECKPOINT_NOT_FOUND as the hub answers.
+        ModelError: MODEL_PATH_REQUIRED if neither names a repository; SOURCE_NOT_ALLOWED for a
+            download path outside the roots; SOURCE_UNAVAILABLE, SOURCE_AUTH_REQUIRED or
+            CHECKPOINT_NOT_FOUND as the hub answers.
     """
-    repo_id = request.model_path or request.model_id
+    repo_id, asked = request.model_path or request.model_id, request.revision or "main"
     if not _REPO_ID.fullmatch(repo_id):
         raise ModelError(
             Reason.MODEL_PATH_REQUIRED,
             f"{repo_id!r} is not a Hugging Face repository: give owner/name as model_path",
         )
-    revision = request.revision or "main"
-    if _COMMIT.fullmatch(revision) and (cached := _open_cached(request, repo_id, revision)):
-        return cached
+    if not _REVISION.fullmatch(asked):
+        raise ModelError(Reason.CHECKPOINT_NOT_FOUND, f"{asked!r} cannot be a revision")
+    local_dir = within_roots(request.download_path, policy) if request.download_path else None
+    cache = HubCache.of(repo_id, local_dir)
+    commit = cache.commit(asked)
+    held = cache.recorded(commit)
+    if held and asked == commit:
+        return HubRepository(repo_id, asked, commit, cache, held)
+    held = held or cache.found(commit)
+    pauses = () if held else _PAUSES
     try:
-        with _mapped(f"{repo_id}@{revision}"):
-            info = huggingface_hub.HfApi().model_info(
-                repo_id, revision=revision, files_metadata=True
-            )
+        info = persist(lambda: _info(repo_id, asked), f"{repo_id}@{asked}", pauses)
     except ModelError as error:
-        cached = _open_cached(request, repo_id, revision)
-        if error.reason is not Reason.SOURCE_UNAVAILABLE or cached is None:
+        if held is None or error.reason is not Reason.SOURCE_UNAVAILABLE:
             raise
-        return cached
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    return HubRepository(repo_id, str(info.sha), sizes, request.download_path or None)
+        return HubRepository(repo_id, asked, commit, cache, held)
+    commit = str(info.sha)
+    held = cache.recorded(commit) or Held(_listing(info), {})
+    return HubRepository(repo_id, asked, commit, cache, held)
 
 
-def _open_cached(request: ModelRequest, repo_id: str, revision: str) -> HubRepository | None:
-    """The cached snapshot, if it holds a whole checkpoint."""
-    if request.download_path:
-        return None
-    config = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", revision=revision)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    commit = folder.name
-    return HubRepository(repo_id, commit, sizes, cached=folder)
+def _info(repo_id: str, revision: str) -> huggingface_hub.ModelInfo:
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    api = huggingface_hub.HfApi()
+    return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
 
 
-def _bar(monitor: LoadMonitor) -> type[tqdm[Any]]:
-    """A silent progress bar for the hub's downloads, which also carries the cancellation."""
-
-    class Bar(tqdm[Any]):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
-            self.update(kwargs.get("initial") or 0)
-
-        def update(self, n: float | None = 1) -> bool | None:
-            monitor.advance("fetch", int(n or 0))
-            return None
-
-    return Bar
+def _listing(info: huggingface_hub.ModelInfo) -> dict[str, HubFile]:
+    """The files of a commit; a name that leads out of a folder is not listed."""
+    return {
+        file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else "")
+        for file in info.siblings or ()
+        if not {"", ".."} & set(file.rfilename.split("/"))
+    }
 
 
-@contextmanager
-def _mapped(label: str) -> Iterator[None]:
-    """Turns what the hub's client raises into a ModelError.
+def _companions(names: Iterable[str]) -> list[str]:
+    return [n for n in names if "/" not in n and any(fnmatch.fnmatch(n, p) for p in _COMPANIONS)]
 
-    The HTTP library below it differs between releases, so broken connections are told by being
-    `OSError`s or by their module.
+
+def _abort_transfers() -> None:
+    """Ends what hf_xet is moving, in threads of its own, which no exception of ours reaches.
+
+    It ends the transfers of other loads as well: these then try again.
     """
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _map(error, label) from error
-
-
-def _map(error: Exception, label: str) -> Exception:
-    for kind, reason, hint in _ERRORS:
-        if isinstance(error, kind) and not isinstance(error, hub_errors.LocalEntryNotFoundError):
-            return ModelError(reason, f"{label}: {hint}")
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return ModelError(Reason.SOURCE_AUTH_REQUIRED, f"{label}: {_TOKEN_HINT}")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ModelError(Reason.DISK_FULL, f"{label}: the disk of the download cache is full")
-    module = type(error).__module__.split(".")[0]
-    if isinstance(error, OSError) or module in ("httpx", "httpx2", "httpcore", "requests"):
-        return ModelError(
-            Reason.SOURCE_UNAVAILABLE, f"{label}: the Hugging Face Hub cannot be reached"
-        )
-    return error
+    if abort := getattr(_xet, "abort_xet_session", None):
+        abort()

@@ -13,6 +13,7 @@ from moorage_models.monitor import LoadMonitor
 from moorage_models.sources.source import ModelRequest, Policy
 
 _COPY_BYTES = 16 << 20
+_MAX_FILES = 20_000
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Directory:
     Attributes:
         folder: The directory, without symbolic links.
         label: The path as the caller gave it.
-        files: Sizes of the files directly in it.
+        files: Sizes of the files in it and below it.
         revision: Digest of the files' names, sizes and times of change.
         copy_to: Where files are copied before they are read; None reads them in place.
     """
@@ -32,6 +33,11 @@ class Directory:
     files: Mapping[str, int]
     revision: str
     copy_to: Path | None = None
+
+    @property
+    def local(self) -> Path:
+        """The directory."""
+        return self.folder
 
     @property
     def key(self) -> str:
@@ -51,6 +57,7 @@ class Directory:
         monitor.expect("fetch", sum(self.files[name] for name in names))
         self.copy_to.mkdir(parents=True, exist_ok=True)
         for name in names:
+            (self.copy_to / name).parent.mkdir(parents=True, exist_ok=True)
             for size in _copy(self.folder / name, self.copy_to / name):
                 monitor.advance("fetch", size)
         return self.copy_to
@@ -68,13 +75,13 @@ def open_directory(request: ModelRequest, policy: Policy) -> Directory:
             Reason.MODEL_PATH_REQUIRED,
             f"source INTERNAL needs the directory that holds {request.model_id} as model_path",
         )
-    folder = _within_roots(request.model_path, policy)
+    folder = within_roots(request.model_path, policy)
     if not folder.is_dir():
         raise ModelError(
             Reason.CHECKPOINT_NOT_FOUND, f"there is no directory {request.model_path!r}"
         )
-    copy_to = _within_roots(request.download_path, policy) if request.download_path else None
-    stats = {entry.name: entry.stat() for entry in os.scandir(folder) if entry.is_file()}
+    copy_to = within_roots(request.download_path, policy) if request.download_path else None
+    stats = dict(_walk(folder, request.model_path))
     for name in stats:
         if not _is_allowed((folder / name).resolve(), policy):
             raise _outside(f"{request.model_path}/{name}")
@@ -85,13 +92,32 @@ def open_directory(request: ModelRequest, policy: Policy) -> Directory:
     return Directory(folder, request.model_path, sizes, digest.hexdigest()[:16], copy_to)
 
 
-def _within_roots(path: str, policy: Policy) -> Path:
+def _walk(folder: Path, label: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The files in a folder and below it; linked folders are not entered."""
+    count = 0
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            count += 1
+            if count > _MAX_FILES:
+                raise ModelError(
+                    Reason.INVALID_REQUEST,
+                    f"{label!r} holds more than {_MAX_FILES} files: name the checkpoint itself",
+                )
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path.stat()
+
+
+def within_roots(path: str, policy: Policy) -> Path:
     """The real path, which lies under a root; a relative path is looked up under each root."""
-    reals = [(root / path).resolve() for root in policy.roots or (Path.cwd(),)]
-    allowed = [real for real in reals if _is_allowed(real, policy)]
+    try:
+        reals = [(root / path).resolve() for root in policy.roots or (Path.cwd(),)]
+        allowed = [real for real in reals if _is_allowed(real, policy)]
+        found = next((real for real in allowed if real.exists()), None)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links
+        raise ModelError(Reason.INVALID_REQUEST, f"{path!r} cannot be looked up") from error
     if not allowed:
         raise _outside(path)
-    return next((real for real in allowed if real.exists()), allowed[0])
+    return found or allowed[0]
 
 
 def _is_allowed(real: Path, policy: Policy) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moorage_models.monitor import LoadMonitor
 
@@ -33,6 +33,7 @@ class ModelRequest:
         download_path: Where files are put; empty for the source's own cache.
         dtype: Dtype of the parameters; empty keeps what is stored.
         compute_dtype: Dtype of the arithmetic; empty takes the parameters'.
+        options: What a checkpoint does not tell of itself, by name; see `families.maxtext`.
     """
 
     model_id: str
@@ -42,6 +43,7 @@ class ModelRequest:
     download_path: str = ""
     dtype: str = ""
     compute_dtype: str = ""
+    options: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Policy:
     roots: tuple[Path, ...] | None = None
 
 
+@runtime_checkable
 class Repository(Protocol):
     """One checkpoint's files at one revision: sizes and ranges first, whole files on demand."""
 
@@ -73,6 +76,11 @@ class Repository(Protocol):
     @property
     def revision(self) -> str:
         """The commit, version or digest that was resolved."""
+        ...
+
+    @property
+    def local(self) -> Path | None:
+        """The folder that holds the files already, if this machine does."""
         ...
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -51,13 +51,18 @@ class EngineInfo:
         platform: `cpu`, `tpu` or `gpu`.
         devices: The devices.
         mesh: Sizes of the mesh axes, outermost first.
-        buckets: The shapes that it compiles for every model, shortest first.
+        buckets: The shapes that it can serve, shortest first.
     """
 
     platform: str
     devices: tuple[Device, ...]
     mesh: dict[str, int]
     buckets: tuple[Bucket, ...]
+
+    def buckets_for(self, max_position: int) -> tuple[Bucket, ...]:
+        """Those of one model: up to the first length that holds its whole context."""
+        longest = next((b.length for b in self.buckets if b.length >= max_position), None)
+        return tuple(b for b in self.buckets if longest is None or b.length <= longest)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Batch:
     lengths: tuple[int, ...]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Owns the mesh, the loaded models and their programs. Called from threads."""
 

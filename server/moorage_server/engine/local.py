@@ -80,7 +80,7 @@ class LocalEngine:
             if programs := self._programs.get(key):
                 self._programs.move_to_end(key)
                 return programs
-        buckets = _useful(self._buckets, checkpoint.config.max_position)
+        buckets = self.info().buckets_for(checkpoint.config.max_position)
         programs = compile_programs(checkpoint, self._mesh, buckets, monitor)
         with self._lock:
             self._programs[key] = programs
@@ -124,12 +124,6 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _useful(buckets: Sequence[Bucket], max_position: int) -> list[Bucket]:
-    """The buckets up to the first length that holds the model's whole context."""
-    longest = next((b.length for b in buckets if b.length >= max_position), buckets[-1].length)
-    return [bucket for bucket in buckets if bucket.length <= longest]
 
 
 def _device_bytes(params: dict[str, jax.Array]) -> dict[int, int]:

@@ -46,3 +46,10 @@ OUTPUTS: Mapping[str, Output] = {
         _logits, about_next=False, width=lambda config: (config.num_labels or config.vocab_size,)
     ),
 }
+
+
+def served(config: ModelConfig) -> list[str]:
+    """The outputs of one model: with a head of labels, there is no next token to speak of."""
+    return [
+        name for name, output in OUTPUTS.items() if not (config.num_labels and output.about_next)
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ from moorage_models.attention import Visibility
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import logits_of, trunk
+from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
-from moorage_models.placement import numpy_dtype
 from moorage_models.plan import PlannedParameter
 from moorage_models.sharding import FSDP
 from moorage_server.engine.api import Batch, Bucket
@@ -186,7 +186,7 @@ def _lower_head(
     return lowering.lower(split_params(params, config)[1], hidden, following)
 
 
-def _abstract(parameter: PlannedParameter, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _abstract(parameter: PlannedParameter[Any], mesh: Mesh) -> jax.ShapeDtypeStruct:
     sharding = NamedSharding(mesh, partition(parameter.spec(dict(mesh.shape))))
     return jax.ShapeDtypeStruct(parameter.shape, numpy_dtype(parameter.dtype), sharding=sharding)
 
