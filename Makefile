@@ -2,13 +2,14 @@
 # make test   lint, types and tests
 # make soak   what is too slow for the suite
 # make bench  every figure, as ratios within one run
+# make presets  every preset at its real size, compiled from shapes alone
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: demo test lint soak bench stubs clean
+.PHONY: demo test lint soak bench presets stubs clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -31,14 +32,17 @@ soak: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/forward.py
 
+presets: $(VENV)/dev
+	$(BIN)/python benchmarks/presets.py
+
 stubs: $(VENV)/dev
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=client --pyi_out=client \
 	  --grpc_python_out=client proto/moorage/v1/moorage.proto
 
 $(VENV)/demo $(VENV)/dev: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
-	touch $@
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

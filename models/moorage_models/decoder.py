@@ -201,12 +201,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"],
-        positions: Int[Array, "b t"] | None = None,
+        tokens: Int[Array | np.ndarray, "b t"],
+        positions: Int[Array | np.ndarray, "b t"] | None = None,
         cache: None = None,
-        attention_mask: Bool[Array, "b t t"] | None = None,
+        attention_mask: Bool[Array | np.ndarray, "b t t"] | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
     ) -> tuple[Float32[Array, "b t v"], None]:
         """Logits after every token.
 
@@ -230,13 +230,15 @@ class Decoder(nnx.Module):
         if attention_mask is not None and segment_ids is not None:
             raise ValueError("pass attention_mask or segment_ids, not both")
         tokens = jnp.asarray(tokens)
-        if attention_mask is None and segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        mask = None if attention_mask is None else jnp.asarray(attention_mask)
+        segments = None if segment_ids is None else jnp.asarray(segment_ids)
+        if mask is None and segments is None:
+            segments = jnp.ones_like(tokens)
         if positions is None:
-            positions = segment_positions(tokens, segment_ids)
-        visible = Visibility(segment_ids, attention_mask)
+            positions = segment_positions(tokens, segments)
+        visible = Visibility(segments, mask)
         settings = (self.config, self.mesh, self.compute_dtype)
-        return _forward(settings, self.params, tokens, positions, visible), None
+        return _forward(settings, self.params, tokens, jnp.asarray(positions), visible), None
 
 
 @partial(jax.jit, static_argnums=0)

@@ -75,15 +75,21 @@ class _Files:
 
     def read(self, name: str, offset: int, target: np.ndarray) -> None:
         """Fills a contiguous array of bytes from a file."""
+        view, done = memoryview(target.data).cast("B"), 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._descriptor(name), [view[done:]], offset + done)
+                if count == 0:
+                    raise _corrupt(f"{name} ends before its tensors do")
+                done += count
+        except OSError as error:
+            raise _corrupt(f"{name} cannot be read: {error.strerror}") from error
+
+    def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._open:
                 self._open[name] = os.open(self._folder / name, os.O_RDONLY)
-        view, done = memoryview(target.data).cast("B"), 0
-        while done < len(view):
-            count = os.preadv(self._open[name], [view[done:]], offset + done)
-            if count == 0:
-                raise ModelError(Reason.CHECKPOINT_CORRUPT, f"{name} ends before its tensors do")
-            done += count
+            return self._open[name]
 
 
 @dataclass(frozen=True)
@@ -185,3 +191,7 @@ def _check_equal(
             Reason.CHECKPOINT_MISMATCH,
             f"the config ties the head to the embedding, but {one.name} differs from {other.name}",
         )
+
+
+def _corrupt(message: str) -> ModelError:
+    return ModelError(Reason.CHECKPOINT_CORRUPT, message)

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=args.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,  # packages that were imported above may have set it up already
     )
     # Imported late: it takes seconds, and --help should not.
     from moorage_server.engine.local import LocalEngine, keep_compiled, make_mesh

@@ -13,10 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import (
-    _xet,
-    build_hf_headers,  # type: ignore[attr-defined] # documented, but exported lazily
-)
+from huggingface_hub.utils import _xet, build_hf_headers  # type: ignore[attr-defined]
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
@@ -97,11 +94,12 @@ class HubRepository:
             with open(self.held.paths[name], "rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
-        if start == stop:
-            return b""
+        head = self.heads.get(name, b"")
+        if stop <= len(head):
+            return head[start:stop]
         content = persist(lambda: self._request(name, start, stop), self.label, _PAUSES)
-        if start == len(self.heads.get(name, b"")):
-            self.heads[name] = self.heads.get(name, b"") + content
+        if start == len(head):
+            self.heads[name] = head + content
         return content
 
     def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:

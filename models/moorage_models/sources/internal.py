@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,11 +56,17 @@ class Directory:
         if self.copy_to is None:
             return self.folder
         monitor.expect("fetch", sum(self.files[name] for name in names))
-        self.copy_to.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (self.copy_to / name).parent.mkdir(parents=True, exist_ok=True)
-            for size in _copy(self.folder / name, self.copy_to / name):
-                monitor.advance("fetch", size)
+        try:
+            for name in names:
+                (self.copy_to / name).parent.mkdir(parents=True, exist_ok=True)
+                for size in _copy(self.folder / name, self.copy_to / name):
+                    monitor.advance("fetch", size)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise ModelError(
+                Reason.DISK_FULL if full else Reason.SOURCE_UNAVAILABLE,
+                f"cannot copy {self.label!r} to the download path: {error.strerror}",
+            ) from error
         return self.copy_to
 
 
@@ -140,9 +147,5 @@ def _copy(source: Path, target: Path) -> Iterator[int]:
                 writer.write(piece)
                 yield len(piece)
         os.replace(partial, target)
-    except OSError as error:
-        raise ModelError(
-            Reason.DISK_FULL, f"cannot copy {source.name}: {error.strerror}"
-        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -81,7 +81,9 @@ class LocalEngine:
                 self._programs.move_to_end(key)
                 return programs
         buckets = self.info().buckets_for(checkpoint.config.max_position)
-        programs = compile_programs(checkpoint, self._mesh, buckets, monitor)
+        programs = compile_programs(
+            checkpoint.plan, checkpoint.compute_dtype, self._mesh, buckets, monitor
+        )
         with self._lock:
             self._programs[key] = programs
             while len(self._programs) > _KEPT_PROGRAMS:

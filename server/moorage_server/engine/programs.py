@@ -18,13 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 from moorage_models.attention import Visibility
-from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import logits_of, trunk
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
-from moorage_models.plan import PlannedParameter
+from moorage_models.plan import Plan
 from moorage_models.sharding import FSDP
 from moorage_server.engine.api import Batch, Bucket
 from moorage_server.engine.outputs import OUTPUTS
@@ -93,12 +92,17 @@ class Programs:
 
 
 def compile_programs(
-    checkpoint: Checkpoint, mesh: Mesh, buckets: Sequence[Bucket], monitor: LoadMonitor
+    plan: Plan[Any],
+    compute_dtype: str,
+    mesh: Mesh,
+    buckets: Sequence[Bucket],
+    monitor: LoadMonitor,
 ) -> Programs:
     """Compiles every program that a model will need. Needs no weights.
 
     Args:
-        checkpoint: The model.
+        plan: The model.
+        compute_dtype: Dtype of the arithmetic.
         mesh: The device mesh, axes Auto.
         buckets: The shapes to serve.
         monitor: Told of the programs of the stage `compile`.
@@ -106,25 +110,23 @@ def compile_programs(
     Raises:
         ModelError: LOAD_CANCELLED.
     """
-    config = checkpoint.config
-    params = {p.name: _abstract(p, mesh) for p in checkpoint.plan.parameters}
     jobs: dict[str | Bucket, jax.stages.Lowered] = {}
     monitor.expect("compile", len(buckets) + len(OUTPUTS))
     with ThreadPoolExecutor(_COMPILE_THREADS, "compile") as pool:
 
         def compiled(lowered: jax.stages.Lowered) -> Compiled:
             monitor.check()
-            program = lowered.compile(_COMPILER_OPTIONS.get(_platform(mesh)))
+            program = compile_lowered(lowered, mesh)
             monitor.advance("compile", 1)
             return program
 
         for bucket in buckets:
-            jobs[bucket] = _lower_trunk(checkpoint, mesh, bucket, params)
+            jobs[bucket] = lower_trunk(plan, compute_dtype, mesh, bucket)
         for name in OUTPUTS:
-            jobs[name] = _lower_head(config, mesh, name, params)
+            jobs[name] = lower_head(plan, mesh, name)
         programs = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
     return Programs(
-        config,
+        plan.config,
         {key: program for key, program in programs.items() if isinstance(key, Bucket)},
         {key: program for key, program in programs.items() if isinstance(key, str)},
     )
@@ -137,13 +139,16 @@ def split_params(params: Mapping[str, T], config: ModelConfig) -> tuple[dict[str
     return trunk_params, {head: params[head]}
 
 
-def _lower_trunk(
-    checkpoint: Checkpoint,
-    mesh: Mesh,
-    bucket: Bucket,
-    params: Mapping[str, jax.ShapeDtypeStruct],
+def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
+    """Compiles with the options that the mesh's platform needs for exact numbers."""
+    return lowered.compile(_COMPILER_OPTIONS.get(str(mesh.devices.flat[0].platform)))
+
+
+def lower_trunk(
+    plan: Plan[Any], compute_dtype: str, mesh: Mesh, bucket: Bucket
 ) -> jax.stages.Lowered:
-    config, dtype = checkpoint.config, numpy_dtype(checkpoint.compute_dtype)
+    """The trunk's program for a bucket, from shapes alone."""
+    config, dtype = plan.config, numpy_dtype(compute_dtype)
     by_rows = NamedSharding(mesh, PartitionSpec(FSDP if FSDP in mesh.shape else None))
     chunk = CHUNK * mesh.shape.get(FSDP, 1)
     step = chunk // bucket.rows
@@ -166,12 +171,12 @@ def _lower_trunk(
         )
 
     ids = jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32, sharding=by_rows)
-    return jax.jit(run).lower(split_params(params, config)[0], ids, ids, ids)
+    return jax.jit(run).lower(split_params(_abstract(plan, mesh), config)[0], ids, ids, ids)
 
 
-def _lower_head(
-    config: ModelConfig, mesh: Mesh, name: str, params: Mapping[str, jax.ShapeDtypeStruct]
-) -> jax.stages.Lowered:
+def lower_head(plan: Plan[Any], mesh: Mesh, name: str) -> jax.stages.Lowered:
+    """The head's program for an output, from shapes alone."""
+    config = plan.config
     by_rows = NamedSharding(mesh, PartitionSpec(FSDP if FSDP in mesh.shape else None))
     chunk = CHUNK * mesh.shape.get(FSDP, 1)
 
@@ -183,13 +188,16 @@ def _lower_head(
     following = jax.ShapeDtypeStruct((chunk,), jnp.int32, sharding=by_rows)
     replicated = NamedSharding(mesh, PartitionSpec())
     lowering = jax.jit(run, out_shardings=replicated)
-    return lowering.lower(split_params(params, config)[1], hidden, following)
+    return lowering.lower(split_params(_abstract(plan, mesh), config)[1], hidden, following)
 
 
-def _abstract(parameter: PlannedParameter[Any], mesh: Mesh) -> jax.ShapeDtypeStruct:
-    sharding = NamedSharding(mesh, partition(parameter.spec(dict(mesh.shape))))
-    return jax.ShapeDtypeStruct(parameter.shape, numpy_dtype(parameter.dtype), sharding=sharding)
-
-
-def _platform(mesh: Mesh) -> str:
-    return str(mesh.devices.flat[0].platform)
+def _abstract(plan: Plan[Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    sizes = dict(mesh.shape)
+    return {
+        parameter.name: jax.ShapeDtypeStruct(
+            parameter.shape,
+            numpy_dtype(parameter.dtype),
+            sharding=NamedSharding(mesh, partition(parameter.spec(sizes))),
+        )
+        for parameter in plan.parameters
+    }
