@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import Decoder
-from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
 from moorage_models.orbax import place_tree
 from moorage_models.placement import place
@@ -127,4 +126,4 @@ def auto_mesh(mesh: Mesh) -> Mesh:
 def _name(dtype: DTypeLike | None) -> str:
     if dtype is None:
         return ""
-    return (numpy_dtype(dtype) if isinstance(dtype, str) else np.dtype(dtype)).name
+    return dtype if isinstance(dtype, str) else np.dtype(dtype).name

@@ -91,7 +91,7 @@ def open_tree(
     if layout is None or config.num_labels:
         raise ModelError(
             Reason.CHECKPOINT_UNSUPPORTED,
-            f"the Flax layout of {config.family} is not known; load it from safetensors",
+            f"an Orbax tree of this kind is not known for {config.family}; load it from safetensors",
         )
     table = tree.get(layout.rows["embed"][0].key)
     if table and table.shape[0] < config.vocab_size:

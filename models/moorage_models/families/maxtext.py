@@ -144,8 +144,10 @@ GEMMA2: Mapping[str, Layout] = {
 }
 
 
-def choose(config: ModelConfig, model_family: str, options: Mapping[str, str]) -> Layout:
+def choose(config: ModelConfig, model_family: str, options: Mapping[str, str]) -> Layout | None:
     """The layout of a MaxText checkpoint, which the file alone does not always tell.
+
+    None if the family has no such layout.
 
     Args:
         config: The model's configuration.
@@ -155,12 +157,12 @@ def choose(config: ModelConfig, model_family: str, options: Mapping[str, str]) -
     Raises:
         ModelError: INVALID_REQUEST if the caller has to say more, or says something else.
     """
-    if config.family in _PLAIN:
-        return _PLAIN[config.family]
-    option, layouts, told = {
-        "llama3": ("maxtext_rotary", LLAMA3, _ROTARY.get(model_family, "")),
-        "gemma2": ("maxtext_query_scale", GEMMA2, _query_scale(config)),
-    }[config.family]
+    if config.family == "llama3":
+        option, layouts, told = "maxtext_rotary", LLAMA3, _ROTARY.get(model_family, "")
+    elif config.family == "gemma2":
+        option, layouts, told = "maxtext_query_scale", GEMMA2, _query_scale(config)
+    else:
+        return _PLAIN.get(config.family)
     choice = options.get(option, told)
     if choice in layouts:
         return layouts[choice]
