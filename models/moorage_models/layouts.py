@@ -5,6 +5,7 @@ become ours. The letters of a stored array are
 
     V vocabulary   D embed_dim   N num_heads   K num_kv_heads   H head_dim   F hidden_dim
     X experts      M expert_hidden_dim         S parts that are stored together
+    Q query, key and value heads one after another             W gate and up one after another
 
 `"N D H -> (N H) D"` is a query kernel of Flax: heads first, made into our `[out, in]`.
 """
@@ -31,6 +32,7 @@ class Row:
         key: The leaf's path; below the layer for stacked parameters. `@` is the layer's suffix.
         pattern: Its axes there, and ours.
         select: Which part of the axis `S`; None where there is no such axis.
+        part: Which part of the axis `Q` or `W`, a key of `PARTS`; empty where there is none.
         fold: What was folded into the values, a key of `FOLDS`.
         interleaved: Rotary pairs lie side by side along `H`, not in two halves.
     """
@@ -38,6 +40,7 @@ class Row:
     key: str
     pattern: str
     select: int | None = None
+    part: str = ""
     fold: str = ""
     interleaved: bool = False
 
@@ -142,16 +145,25 @@ def stored_sizes(config: ModelConfig) -> dict[str, int]:
         "F": config.hidden_dim,
         "X": config.num_experts,
         "M": config.expert_hidden_dim,
-        "C": config.num_labels,
+        "Q": config.num_heads + 2 * config.num_kv_heads,
+        "W": 2 * config.expert_hidden_dim,
     }
+
+
+#: The axis that holds a part among others, and where the part begins and ends on it.
+PARTS: Mapping[str, Callable[[ModelConfig], tuple[str, int, int]]] = {
+    "query": lambda c: ("Q", 0, c.num_heads),
+    "key": lambda c: ("Q", c.num_heads, c.num_heads + c.num_kv_heads),
+    "value": lambda c: ("Q", c.num_heads + c.num_kv_heads, c.num_heads + 2 * c.num_kv_heads),
+    "gate": lambda c: ("W", 0, c.expert_hidden_dim),
+    "up": lambda c: ("W", c.expert_hidden_dim, 2 * c.expert_hidden_dim),
+}
 
 
 #: Undoes what a checkpoint's writer folded into the values. They are float32 here.
 FOLDS: Mapping[str, Callable[[Any, ModelConfig], Any]] = {
-    "query": lambda x, config: x * np.float32(config.head_dim**0.5),
-    "query by width": lambda x, config: (
-        x * np.float32((config.embed_dim // config.num_heads) ** 0.5)
-    ),
+    "query by head_dim": lambda x, config: x * np.float32(config.head_dim**0.5),
+    "query by query_scale": lambda x, config: x / np.float32(config.query_scale),
     "embedding": lambda x, config: x / np.float32(config.embed_dim**0.5),
     "bfloat16 embedding": lambda x, config: x / rounded_root(config.embed_dim),
     "one plus": lambda x, config: x - np.float32(1),

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from moorage_models.config import ModelConfig
 from moorage_models.dtypes import ITEM_BYTES, numpy_dtype
 from moorage_models.errors import ModelError, Reason
-from moorage_models.layouts import FOLDS, ArrayPiece, Row, StoredArray, stored_letters
+from moorage_models.layouts import FOLDS, PARTS, ArrayPiece, Row, StoredArray, stored_letters
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
 from moorage_models.plan import Plan, PlannedParameter
@@ -29,8 +29,8 @@ _WINDOW_BYTES = 256 << 20
 def read_tree(folder: Path, label: str) -> dict[str, StoredArray]:
     """The arrays of an Orbax checkpoint, by their paths joined with `/`.
 
-    What stands before `token_embedder` or `decoder` in a path, and `value` at its end, depends on
-    who exported a MaxText checkpoint, and is left out of the keys.
+    What stands before `token_embedder` or `decoder` in a path, a `transformer` at its beginning
+    and a `value` at its end depend on who exported the checkpoint, and are left out of the keys.
 
     Raises:
         ModelError: CHECKPOINT_CORRUPT if Orbax cannot read the tree's metadata.
@@ -58,9 +58,11 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _key(path: Sequence[str]) -> str:
-    parts = list(path[:-1] if path[-1] == "value" else path)
+    parts = "/".join(path[:-1] if path[-1] == "value" else path).split("/")
     starts = [i for i, part in enumerate(parts) if part in ("token_embedder", "decoder")]
-    return "/".join(parts[starts[0] :] if starts else parts)
+    if starts:
+        parts = parts[starts[0] :]
+    return "/".join(parts[1:] if parts[0] == "transformer" else parts)
 
 
 def place_tree(
@@ -169,6 +171,9 @@ def _ours(x: Array, row: Row, config: ModelConfig, *, scanned: bool) -> Array:
     if row.select is not None:
         x = jnp.take(x, row.select, axis=letters.index("S"))
         letters.remove("S")
+    if row.part:
+        letter, start, stop = PARTS[row.part](config)
+        x = jax.lax.slice_in_dim(x, start, stop, axis=letters.index(letter))
     if row.interleaved:
         axis = letters.index("H")
         pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])

@@ -55,7 +55,7 @@ def find_orbax(repository: Repository) -> str | None:
 
 
 def _step(folder: str) -> int | None:
-    match = re.fullmatch(r"(\d+)(/items|/default)?", folder)
+    match = re.fullmatch(r"(\d+)(/\w+)?", folder)
     return int(match[1]) if match else None
 
 
@@ -86,12 +86,12 @@ def open_tree(
             f"unknown options {', '.join(unknown)}; known are {', '.join(maxtext.OPTIONS)}",
         )
     layout = flax.LAYOUTS.get(config.family)
-    if not any(key.startswith("transformer/") for key in tree):
+    if "embedder/input_embedding" not in tree:
         layout = maxtext.choose(config, naming.model_family if naming else "", options)
     if layout is None or config.num_labels:
         raise ModelError(
             Reason.CHECKPOINT_UNSUPPORTED,
-            f"an Orbax tree of this kind is not known for {config.family}; load it from safetensors",
+            f"{config.family} has no Orbax tree of this kind; load it from safetensors",
         )
     table = tree.get(layout.rows["embed"][0].key)
     if table and table.shape[0] < config.vocab_size:
@@ -134,7 +134,7 @@ def _width(dtype: str) -> int:
 
 def _is_parameter(key: str) -> bool:
     """A MaxText checkpoint holds the optimizer's state too, a multimodal one a vision tower."""
-    return key.startswith(("decoder/", "token_embedder/", "transformer/"))
+    return key.startswith(("decoder/", "token_embedder/", "layer_", "final_norm"))
 
 
 def _pieces(

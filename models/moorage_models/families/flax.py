@@ -1,6 +1,8 @@
 """The Flax layout of Gemma, as Google publishes it on Kaggle and GCS.
 
-Source: the checkpoints' tree as google-deepmind/gemma reads it.
+Source: the checkpoints' tree as google-deepmind/gemma reads it. The published trees have flat keys
+that begin with `transformer/`; what that library saves itself is nested, without it, and without
+`w` below the feed-forward layers.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ from moorage_models.layouts import Layout, Place, Row
 
 
 def _places(layer: int, _: int) -> Iterable[Place]:
-    return (Place(f"transformer/layer_{layer}"),)
+    return (Place(f"layer_{layer}"),)
 
 
 def _gating(part: int) -> tuple[Row, ...]:
     """Gate and up stand together; which axis comes first differs by release, and shape tells."""
-    return (
-        Row("mlp/gating_einsum/w", "S D F -> F D", select=part),
-        Row("mlp/gating_einsum/w", "S F D -> F D", select=part),
+    return tuple(
+        Row(key, pattern, select=part)
+        for key in ("mlp/gating_einsum/w", "mlp/gating_einsum")
+        for pattern in ("S D F -> F D", "S F D -> F D")
     )
 
 
 _GEMMA: Mapping[str, tuple[Row, ...]] = {
-    "embed": (Row("transformer/embedder/input_embedding", "V D -> V D"),),
-    "final_norm": (Row("transformer/final_norm/scale", "D -> D"),),
+    "embed": (Row("embedder/input_embedding", "V D -> V D"),),
+    "final_norm": (Row("final_norm/scale", "D -> D"),),
     "layers.attn_norm": (Row("pre_attention_norm/scale", "D -> D"),),
     "layers.attn.q": (
         Row("attn/q_einsum/w", "N D H -> (N H) D"),
@@ -42,7 +45,7 @@ _GEMMA: Mapping[str, tuple[Row, ...]] = {
     "layers.mlp_norm": (Row("pre_ffw_norm/scale", "D -> D"),),
     "layers.mlp.gate": _gating(0),
     "layers.mlp.up": _gating(1),
-    "layers.mlp.down": (Row("mlp/linear/w", "F D -> D F"),),
+    "layers.mlp.down": (Row("mlp/linear/w", "F D -> D F"), Row("mlp/linear", "F D -> D F")),
 }
 
 _POST_NORMS: Mapping[str, tuple[Row, ...]] = {

@@ -6,12 +6,14 @@ weights is named in the rows and undone on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from moorage_models.config import ModelConfig
 from moorage_models.errors import ModelError, Reason
-from moorage_models.layouts import Layout, Place, Row
+from moorage_models.layouts import Layout, Place, Row, rounded_root
 
 Rows = Mapping[str, tuple[Row, ...]]
 
@@ -36,11 +38,8 @@ def _blocks(layer: int, layers: int) -> Iterable[Place]:
         scanned = Place(f"decoder/layers/layers_{within}", index=block)
     else:
         scanned = Place(f"decoder/layers_remainder/layers_{within}")
-    return (Place(f"decoder/layers_{layer}"), scanned)
-
-
-def _rows(**keys: Row) -> Rows:
-    return {name.replace("__", "."): (row,) for name, row in keys.items()}
+    old = Place("decoder/layers", index=layer)  # the older converter has one stack of all
+    return (Place(f"decoder/layers_{layer}"), scanned, old)
 
 
 _BASE: Rows = {
@@ -76,6 +75,20 @@ _EXPERTS: Rows = {
     "layers.moe.down": (Row("moe_block/wo", "X M D -> X D M"),),
 }
 
+#: The same parameters where MaxText was told to store some together.
+_FUSED: Rows = {
+    "layers.attn.q": (Row("self_attention@/qkv_proj/kernel", "D Q H -> (Q H) D", part="query"),),
+    "layers.attn.k": (Row("self_attention@/qkv_proj/kernel", "D Q H -> (Q H) D", part="key"),),
+    "layers.attn.v": (Row("self_attention@/qkv_proj/kernel", "D Q H -> (Q H) D", part="value"),),
+    "layers.attn.q_bias": (Row("self_attention@/qkv_proj/bias", "Q H -> (Q H)", part="query"),),
+    "layers.attn.k_bias": (Row("self_attention@/qkv_proj/bias", "Q H -> (Q H)", part="key"),),
+    "layers.attn.v_bias": (Row("self_attention@/qkv_proj/bias", "Q H -> (Q H)", part="value"),),
+    "layers.mlp.gate": (Row("mlp@/wi/kernel", "D S F -> F D", select=0),),
+    "layers.mlp.up": (Row("mlp@/wi/kernel", "D S F -> F D", select=1),),
+    "layers.moe.gate": (Row("moe_block/wi", "X D W -> X W D", part="gate"),),
+    "layers.moe.up": (Row("moe_block/wi", "X D W -> X W D", part="up"),),
+}
+
 _GEMMA_NORMS: Rows = {
     "layers.attn_norm": (Row("pre_self_attention_norm@/scale", "D -> D"),),
     "layers.mlp_norm": (Row("pre_ffw_norm@/scale", "D -> D"),),
@@ -87,16 +100,19 @@ _POST_NORMS: Rows = {
 }
 
 
-def _folded(rows: Rows, **folds: str) -> Rows:
+def _alternative(rows: Rows, more: Rows) -> Rows:
+    """The same rows, and others to try where their arrays are not there."""
+    return {name: (*alternatives, *more.get(name, ())) for name, alternatives in rows.items()}
+
+
+def _folded(rows: Rows, folds: Mapping[str, str]) -> Rows:
     """The same rows with folds, by the end of the parameter's name."""
-    return {
-        name: tuple(replace(row, fold=_fold(name, folds) or row.fold) for row in alternatives)
-        for name, alternatives in rows.items()
-    }
 
+    def fold(name: str, row: Row) -> Row:
+        found = next((fold for end, fold in folds.items() if name.endswith(end)), row.fold)
+        return replace(row, fold=found)
 
-def _fold(name: str, folds: Mapping[str, str]) -> str:
-    return next((fold for end, fold in folds.items() if name.endswith(end)), "")
+    return {name: tuple(fold(name, row) for row in rows[name]) for name in rows}
 
 
 def _interleaved(rows: Rows) -> Rows:
@@ -107,39 +123,66 @@ def _interleaved(rows: Rows) -> Rows:
     return {**rows, **order}
 
 
-_LLAMA = _folded(_BASE, **{".q": "query"})
-_GEMMA = {**_BASE, **_GEMMA_NORMS}
-_GEMMA_FOLDS = {"embed": "embedding", "norm": "one plus", ".q": "query"}
-_GEMMA3_FOLDS = {"embed": "bfloat16 embedding", "norm": "one plus"}
+_FUSED_BASE = _alternative(_BASE, _FUSED)
+_GEMMA = {**_FUSED_BASE, **_GEMMA_NORMS}
+_ONE_PLUS = {"norm": "one plus"}
 
-#: By the option `maxtext_rotary`.
-LLAMA3: Mapping[str, Layout] = {
-    "halves": Layout("MaxText", _LLAMA, _plain),
-    "interleaved": Layout("MaxText", _interleaved(_LLAMA), _plain),
-}
-
-#: What a caller may have to say, and which values there are.
-OPTIONS = ("maxtext_rotary", "maxtext_query_scale")
-
-#: What the name of a Llama tells of `maxtext_rotary`; of 3.3, whose checkpoints differ, nothing.
-_ROTARY: Mapping[str, str] = {"llama3": "halves", "llama3p1": "interleaved"}
-
-_PLAIN: Mapping[str, Layout] = {
-    "qwen2": Layout("MaxText", {**_BASE, **_BIASES}, _plain),
-    "qwen3": Layout("MaxText", {**_BASE, **_QK_NORMS, **_EXPERTS}, _plain),
-    "gemma": Layout("MaxText", _folded(_GEMMA, **_GEMMA_FOLDS), _plain),
-    "gemma3": Layout(
-        "MaxText", _folded({**_GEMMA, **_POST_NORMS, **_QK_NORMS}, **_GEMMA3_FOLDS), _blocks
+#: The rows of each family, and where its layers may be.
+_FAMILIES: Mapping[str, tuple[Rows, Callable[[int, int], Iterable[Place]]]] = {
+    "llama3": (_folded(_FUSED_BASE, {".q": "query by head_dim"}), _plain),
+    "qwen2": ({**_FUSED_BASE, **_alternative(_BIASES, _FUSED)}, _plain),
+    "qwen3": ({**_FUSED_BASE, **_QK_NORMS, **_alternative(_EXPERTS, _FUSED)}, _plain),
+    "gemma": (_folded(_GEMMA, {**_ONE_PLUS, ".q": "query by head_dim"}), _plain),
+    "gemma2": (_folded({**_GEMMA, **_POST_NORMS}, _ONE_PLUS), _pairs),
+    "gemma3": (
+        _folded(
+            {**_GEMMA, **_POST_NORMS, **_QK_NORMS}, {**_ONE_PLUS, "embed": "bfloat16 embedding"}
+        ),
+        _blocks,
     ),
 }
 
-#: By the option `maxtext_query_scale`: the square root of what the query kernel was divided by.
-GEMMA2: Mapping[str, Layout] = {
-    "head_dim": Layout("MaxText", _folded({**_GEMMA, **_POST_NORMS}, **_GEMMA_FOLDS), _pairs),
-    "width_per_head": Layout(
-        "MaxText",
-        _folded({**_GEMMA, **_POST_NORMS}, **{**_GEMMA_FOLDS, ".q": "query by width"}),
-        _pairs,
+
+@dataclass(frozen=True)
+class Question:
+    """What a checkpoint of some families may not tell of itself.
+
+    Attributes:
+        families: Which.
+        told: The answer, where the config or the family in the model's name gives it, else "".
+        answers: What each answer does to the rows.
+    """
+
+    families: tuple[str, ...]
+    told: Callable[[ModelConfig, str], str]
+    answers: Mapping[str, Callable[[Rows], Rows]]
+
+
+#: By the name of the option that answers them.
+OPTIONS: Mapping[str, Question] = {
+    # Llama 3.3's converters disagree, and its name tells nothing.
+    "maxtext_rotary": Question(
+        ("llama3",),
+        lambda _, family: {"llama3": "halves", "llama3p1": "interleaved"}.get(family, ""),
+        {"halves": lambda rows: rows, "interleaved": _interleaved},
+    ),
+    # Two converters divide the query of Gemma 2 27B by different roots.
+    "maxtext_query_scale": Question(
+        ("gemma2",),
+        lambda config, _: "head_dim" if config.query_scale == config.head_dim**-0.5 else "",
+        {
+            "head_dim": lambda rows: _folded(rows, {".q": "query by head_dim"}),
+            "query_scale": lambda rows: _folded(rows, {".q": "query by query_scale"}),
+        },
+    ),
+    # Older converters round sqrt(embed_dim) to bfloat16; often that changes nothing.
+    "maxtext_embedding_scale": Question(
+        ("gemma", "gemma2"),
+        lambda config, _: "float32" if _root_is_exact(config) else "",
+        {
+            "float32": lambda rows: _folded(rows, {"embed": "embedding"}),
+            "bfloat16": lambda rows: _folded(rows, {"embed": "bfloat16 embedding"}),
+        },
     ),
 }
 
@@ -152,27 +195,27 @@ def choose(config: ModelConfig, model_family: str, options: Mapping[str, str]) -
     Args:
         config: The model's configuration.
         model_family: The standard family in the model's name, or "".
-        options: What the caller says: `maxtext_rotary`, `maxtext_query_scale`.
+        options: What the caller says, by names in `OPTIONS`.
 
     Raises:
         ModelError: INVALID_REQUEST if the caller has to say more, or says something else.
     """
-    if config.family == "llama3":
-        option, layouts, told = "maxtext_rotary", LLAMA3, _ROTARY.get(model_family, "")
-    elif config.family == "gemma2":
-        option, layouts, told = "maxtext_query_scale", GEMMA2, _query_scale(config)
-    else:
-        return _PLAIN.get(config.family)
-    choice = options.get(option, told)
-    if choice in layouts:
-        return layouts[choice]
-    raise ModelError(
-        Reason.INVALID_REQUEST,
-        f"a MaxText checkpoint of {model_family or config.family} does not tell {option}: "
-        f"set the option {option} to {' or '.join(layouts)} (found: {choice or 'nothing'})",
-    )
+    if config.family not in _FAMILIES:
+        return None
+    rows, places = _FAMILIES[config.family]
+    for name, question in OPTIONS.items():
+        if config.family in question.families:
+            answer = options.get(name, question.told(config, model_family))
+            if answer not in question.answers:
+                raise ModelError(
+                    Reason.INVALID_REQUEST,
+                    f"a MaxText checkpoint of {model_family or config.family} does not tell "
+                    f"{name}: set that option to {' or '.join(question.answers)}"
+                    + (f"; it is {answer!r}" if answer else ""),
+                )
+            rows = question.answers[answer](rows)
+    return Layout("MaxText", rows, places)
 
 
-def _query_scale(config: ModelConfig) -> str:
-    """Converters differ only where the scale is not that of the head dimension."""
-    return "head_dim" if config.query_scale == config.head_dim**-0.5 else ""
+def _root_is_exact(config: ModelConfig) -> bool:
+    return bool(rounded_root(config.embed_dim) == np.float32(config.embed_dim**0.5))

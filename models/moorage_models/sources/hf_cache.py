@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -140,7 +141,7 @@ class HubCache:
         with suppress(OSError):
             for path, content in contents.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+                partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
                 partial.write_bytes(content)
                 os.replace(partial, path)
 
