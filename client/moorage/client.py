@@ -128,8 +128,8 @@ class Client:
             download_path: Where the server downloads files to; "" for the source's own cache.
             dtype: The dtype of the parameters in device memory; "" keeps what is stored.
             compute_dtype: The dtype of the arithmetic; "" takes the parameters'.
-            options: What a checkpoint does not tell of itself: "maxtext_rotary" ("halves",
-                "interleaved"), "maxtext_query_scale" ("head_dim", "width_per_head").
+            options: What a MaxText checkpoint does not tell of itself, by name; a refused load
+                says which option is wanted, and its values.
             on_progress: Called with each progress, at least once a second.
             progress: Show a bar on stderr; None does so on a terminal.
 

@@ -4,6 +4,7 @@ from moorage_models.automodel import AutoModel, create_model_from_safe_tensors
 from moorage_models.config import ModelConfig, RopeScaling
 from moorage_models.decoder import Decoder
 from moorage_models.errors import ModelError, Reason
+from moorage_models.export import save_pretrained
 from moorage_models.naming import ModelNaming
 from moorage_models.sources import ModelSource
 
@@ -17,4 +18,5 @@ __all__ = [
     "Reason",
     "RopeScaling",
     "create_model_from_safe_tensors",
+    "save_pretrained",
 ]

@@ -45,7 +45,9 @@ def read_tree(folder: Path, label: str) -> dict[str, StoredArray]:
     return {
         _key(path): StoredArray(path, str(leaf.dtype), tuple(leaf.shape))
         for path, leaf in _leaves(tree)
-        if getattr(leaf, "shape", None) is not None and str(leaf.dtype) in ITEM_BYTES
+        if path[0] != "opt_state"  # moments have the parameters' names
+        and getattr(leaf, "shape", None) is not None
+        and str(leaf.dtype) in ITEM_BYTES
     }
 
 

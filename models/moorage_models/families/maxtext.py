@@ -135,9 +135,7 @@ _FAMILIES: Mapping[str, tuple[Rows, Callable[[int, int], Iterable[Place]]]] = {
     "gemma": (_folded(_GEMMA, {**_ONE_PLUS, ".q": "query by head_dim"}), _plain),
     "gemma2": (_folded({**_GEMMA, **_POST_NORMS}, _ONE_PLUS), _pairs),
     "gemma3": (
-        _folded(
-            {**_GEMMA, **_POST_NORMS, **_QK_NORMS}, {**_ONE_PLUS, "embed": "bfloat16 embedding"}
-        ),
+        _folded({**_GEMMA, **_POST_NORMS, **_QK_NORMS}, _ONE_PLUS),
         _blocks,
     ),
 }
@@ -175,10 +173,11 @@ OPTIONS: Mapping[str, Question] = {
             "query_scale": lambda rows: _folded(rows, {".q": "query by query_scale"}),
         },
     ),
-    # Older converters round sqrt(embed_dim) to bfloat16; often that changes nothing.
+    # Older converters round sqrt(embed_dim) to bfloat16, which for some sizes changes nothing; all
+    # of Gemma 3's do, unless they are given float32 weights.
     "maxtext_embedding_scale": Question(
-        ("gemma", "gemma2"),
-        lambda config, _: "float32" if _root_is_exact(config) else "",
+        ("gemma", "gemma2", "gemma3"),
+        lambda c, _: "bfloat16" if c.family == "gemma3" else "float32" * _root_is_exact(c),
         {
             "float32": lambda rows: _folded(rows, {"embed": "embedding"}),
             "bfloat16": lambda rows: _folded(rows, {"embed": "bfloat16 embedding"}),

@@ -12,6 +12,7 @@ from moorage_models.sources.source import ModelRequest, ModelSource, Policy, Rep
 SOURCES: Mapping[ModelSource, Callable[[ModelRequest, Policy], Repository]] = {
     ModelSource.HUGGINGFACE: open_hub,
     ModelSource.INTERNAL: open_directory,
+    ModelSource.MAXTEXT: open_directory,
 }
 
 

@@ -1,0 +1,76 @@
+"""A server in a thread of this process, on a free port."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from moorage_models.sources import ModelSource, Policy
+from moorage_server.cache import ModelCache
+from moorage_server.engine import Engine
+from moorage_server.main import make_server
+
+
+@dataclass
+class ServerThread:
+    """A running server.
+
+    Attributes:
+        engine: Its engine.
+        address: host:port.
+        problems: What asyncio complained of in its event loop.
+    """
+
+    engine: Engine
+    address: str = ""
+    problems: list[dict] = field(default_factory=list)
+    _started: threading.Event = field(default_factory=threading.Event)
+
+    async def run(self, policy: Policy) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._loop.set_exception_handler(lambda _, context: self.problems.append(context))
+        cache = ModelCache(self.engine, policy)
+        server, healthy = make_server(cache, self.engine, policy)
+        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._started.set()
+        await self._stop.wait()
+        cache.stop()
+        await server.stop(0)
+
+    def wait_until_started(self) -> None:
+        assert self._started.wait(30)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+
+@contextmanager
+def serving(engine: Engine, *roots: Path) -> Iterator[ServerThread]:
+    """Serves directories under some roots; fails if asyncio complains of anything."""
+    server = ServerThread(engine)
+    policy = Policy((ModelSource.HUGGINGFACE, ModelSource.INTERNAL), roots)
+    thread = threading.Thread(target=lambda: asyncio.run(server.run(policy)), name="server")
+    thread.start()
+    server.wait_until_started()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert server.problems == []
+
+
+@contextmanager
+def channel_to(address: str) -> Iterator[grpc.Channel]:
+    """A channel of its own, as a client in another language would open it."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(address, options=options) as channel:
+        yield channel

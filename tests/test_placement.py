@@ -1,0 +1,233 @@
+"""Placement: each device gets its slice of the files, bit for bit, and each byte is read once."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from checkpoints import GOLDEN, mesh_of, open_folder, stored_tensors
+from moorage_models import placement
+from moorage_models.automodel import load
+from moorage_models.checkpoint import Checkpoint
+from moorage_models.errors import ModelError, Reason
+from moorage_models.monitor import LoadMonitor, Stage
+from moorage_models.sharding import shard_shape
+
+VARIANTS = [
+    "gemma1_mqa",
+    "gemma2",
+    "gemma3_mm_4b",
+    "gemma3_mm_27b",
+    "llama3_oddvocab",
+    "llama3_mixed_dtype",
+    "llama3_reward",
+    "qwen2p5_untied",
+    "qwen3_f16",
+    "qwen3_f32",
+    "qwen3_tied",
+    "qwen3_moe",
+]
+MESHES = [(1, 1), (2, 2), (1, 8), (8, 1), (4, 2)]
+#: Without a head that is stored twice, which is read to be compared.
+ONCE = ["gemma2", "qwen3_moe", "llama3_oddvocab", "llama3_mixed_dtype", "gemma3_mm_27b"]
+
+
+def whole_parameters(checkpoint: Checkpoint, folder: Path) -> dict[str, np.ndarray]:
+    """Every parameter as the safetensors library reads its tensors, stacked."""
+    tensors = stored_tensors(folder)
+    whole = {}
+    for parameter in checkpoint.plan.parameters:
+        pieces = [tensors[piece.tensor.name] for piece in parameter.pieces]
+        dtype = np.result_type(*pieces) if len({x.dtype for x in pieces}) > 1 else pieces[0].dtype
+        whole[parameter.name] = np.empty(parameter.shape, dtype)
+        for piece, tensor in zip(parameter.pieces, pieces, strict=True):
+            whole[parameter.name][piece.index] = tensor
+    return whole
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def check_shards(
+    checkpoint: Checkpoint,
+    params: dict[str, jax.Array],
+    mesh: tuple[int, int],
+    wanted: dict[str, np.ndarray],
+) -> None:
+    sizes = {"fsdp": mesh[0], "tp": mesh[1]}
+    assert params.keys() == wanted.keys()
+    for parameter in checkpoint.plan.parameters:
+        name, value = parameter.name, params[parameter.name]
+        assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype)
+        assert len(value.addressable_shards) == mesh[0] * mesh[1]
+        assert not value.aval.weak_type
+        part = shard_shape(parameter.shape, parameter.spec(sizes), sizes)
+        for shard in value.addressable_shards:
+            assert shard.data.shape == part
+            held = np.asarray(shard.data)
+            assert (bits(held) == bits(wanted[name][shard.index])).all(), (name, shard.index)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_device_holds_its_slice(name: str, mesh: tuple[int, int]) -> None:
+    checkpoint = open_folder(GOLDEN / name)
+    params, folder = load(checkpoint, mesh_of(*mesh))
+    assert folder == GOLDEN / name
+    check_shards(checkpoint, params, mesh, whole_parameters(checkpoint, folder))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", ["llama3_oddvocab", "qwen3_moe"])
+def test_tensors_longer_than_a_band(
+    name: str, mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bands of a few rows, and reads that return less than was asked for."""
+    preadv = os.preadv
+
+    def short_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffers[0][:100]], offset)
+
+    monkeypatch.setattr(placement, "_BAND_BYTES", 500)
+    monkeypatch.setattr(os, "preadv", short_preadv)
+    checkpoint = open_folder(GOLDEN / name)
+    params, folder = load(checkpoint, mesh_of(*mesh))
+    check_shards(checkpoint, params, mesh, whole_parameters(checkpoint, folder))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", ONCE)
+def test_every_byte_is_read_once_and_counted(
+    name: str, mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vision tensors, headers and other files are not read at all."""
+    preadv = os.preadv
+    reads: list[tuple[int, int, int]] = []
+
+    def counting_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        count = preadv(descriptor, buffers, offset)
+        reads.append((os.fstat(descriptor).st_ino, offset, offset + count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting_preadv)
+    checkpoint, monitor = open_folder(GOLDEN / name), LoadMonitor()
+    load(checkpoint, mesh_of(*mesh), monitor)
+    needed = sum(
+        tensor.nbytes
+        for key, tensor in stored_tensors(GOLDEN / name).items()
+        if "vision" not in key and "projector" not in key
+    )
+    for (file, _, stop), (other, start, _) in itertools.pairwise(sorted(reads)):
+        assert file != other or stop <= start
+    assert sum(stop - start for _, start, stop in reads) == needed
+    stage = monitor.stages()["place"]
+    assert (stage.done, stage.total) == (needed, needed)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_f16", "qwen3_f32", "llama3_mixed_dtype"])
+def test_parameters_are_cast_as_they_are_loaded(
+    name: str, dtype: str, mesh: tuple[int, int]
+) -> None:
+    checkpoint = open_folder(GOLDEN / name, dtype)
+    params, folder = load(checkpoint, mesh_of(*mesh))
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    whole = whole_parameters(checkpoint, folder)
+    check_shards(checkpoint, params, mesh, {key: x.astype(kind) for key, x in whole.items()})
+
+
+def test_parameters_do_not_change_with_the_file(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "qwen3_f32", tmp_path / "model"))
+    checkpoint = open_folder(folder)
+    params, _ = load(checkpoint, mesh_of(1, 2))
+    wanted = whole_parameters(checkpoint, folder)
+    file = folder / "model.safetensors"
+    with open(file, "r+b") as writer:
+        writer.write(bytes(file.stat().st_size))
+    check_shards(checkpoint, params, (1, 2), wanted)
+
+
+def refusal(checkpoint: Checkpoint, monitor: LoadMonitor | None = None) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        load(checkpoint, mesh_of(2, 2), monitor)
+    return caught.value
+
+
+def test_a_cancelled_load_stops_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("read after the cancellation"))
+    monitor = LoadMonitor()
+    monitor.cancel()
+    assert refusal(open_folder(GOLDEN / "llama3"), monitor).reason is Reason.LOAD_CANCELLED
+
+
+def test_a_load_is_cancelled_between_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_BAND_BYTES", 500)
+    preadv, monitor, reads = os.preadv, LoadMonitor(), 0
+
+    def cancelling_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal reads
+        reads += 1
+        if reads == 20:
+            monitor.cancel()
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cancelling_preadv)
+    assert refusal(open_folder(GOLDEN / "llama3"), monitor).reason is Reason.LOAD_CANCELLED
+    assert reads < 30  # those of the other threads may be under way
+    assert 0 < monitor.stages()["place"].done < monitor.stages()["place"].total
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_file_that_was_cut_since_is_corrupt(size: int, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "llama3", tmp_path / "model"))
+    checkpoint = open_folder(folder)
+    os.truncate(folder / "model.safetensors", size)
+    error = refusal(checkpoint)
+    assert error.reason is Reason.CHECKPOINT_CORRUPT
+    assert "model.safetensors" in error.message
+    assert str(tmp_path) not in error.message
+
+
+def test_a_file_that_was_removed_since_is_corrupt(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "llama3", tmp_path / "model"))
+    checkpoint = open_folder(folder)
+    (folder / "model.safetensors").unlink()
+    error = refusal(checkpoint)
+    assert error.reason is Reason.CHECKPOINT_CORRUPT
+    assert str(tmp_path) not in error.message
+
+
+def test_a_failed_load_leaves_no_file_open(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "llama3", tmp_path / "model"))
+    checkpoint = open_folder(folder)
+    os.truncate(folder / "model.safetensors", 100_000)
+    refusal(checkpoint)
+    links = (os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+    assert not any(link.startswith(str(folder)) for link in links)
+
+
+def test_a_monitor_counts_its_stages_apart() -> None:
+    monitor = LoadMonitor()
+    monitor.expect("fetch", 10)
+    monitor.advance("fetch", 4)
+    monitor.expect("place", 5)
+    monitor.advance("place", 5)
+    stages = monitor.stages()
+    assert (stages["fetch"].done, stages["fetch"].total) == (4, 10)
+    assert (stages["place"].done, stages["place"].total) == (5, 5)
+    assert Stage(done=6, total=8, seconds=2.0).rate == 3.0
+    assert Stage().rate == 0.0
+    monitor.cancel()
+    with pytest.raises(ModelError, match="LOAD_CANCELLED"):
+        monitor.advance("fetch", 1)
+    assert monitor.stages()["fetch"].done == 4

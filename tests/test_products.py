@@ -1,0 +1,163 @@
+"""Every product goes through `contract`, and nothing of size [T, T] or [T, V] is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from checkpoints import GOLDEN, mesh_of, open_folder
+from moorage_models import attention, decoder, ops
+from moorage_models.attention import Visibility
+from moorage_models.config import ModelConfig
+from moorage_models.decoder import logits_of, trunk
+from moorage_models.parameters import parameter_shapes
+
+LENGTH = 1024  # unlike every size of the golden checkpoints
+FAMILIES = [
+    "gemma1_mqa",
+    "gemma2",
+    "gemma3_mm_4b",
+    "llama3",
+    "qwen2p5_tied",
+    "qwen3_untied",
+    "qwen3_moe",
+    "gemma2_reward",
+]
+PRODUCTS = {"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"}
+HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+
+def config_of(name: str) -> ModelConfig:
+    return open_folder(GOLDEN / name).config
+
+
+def jaxpr_of(
+    config: ModelConfig, dtype: str = "bfloat16", length: int = LENGTH
+) -> tuple[Jaxpr, Jaxpr]:
+    """The programs of trunk and head on a mesh that splits everything it can."""
+    settings = {"config": config, "mesh": mesh_of(2, 2)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in parameter_shapes(config).items()
+    }
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    hidden = jax.ShapeDtypeStruct((2, length, config.embed_dim), jnp.float32)
+
+    def run_trunk(params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
+        visible = Visibility(segments=segments)
+        return trunk(params, tokens, positions, visible, **settings, compute_dtype=dtype)
+
+    def run_head(params: Any, hidden: Any) -> Any:
+        return logits_of(params, hidden, **settings)
+
+    body = jax.make_jaxpr(run_trunk)(params, ids, ids, ids)
+    return body.jaxpr, jax.make_jaxpr(run_head)(params, hidden).jaxpr
+
+
+def equations(jaxpr: Jaxpr, scope: str = "") -> Iterator[tuple[JaxprEqn, str]]:
+    """Every equation, inside loops and calls too, with the path of the named scopes around it."""
+    for equation in jaxpr.eqns:
+        path = f"{scope}/{equation.source_info.name_stack}"
+        yield equation, path
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+        ):
+            if isinstance(value, Jaxpr | ClosedJaxpr):
+                yield from equations(getattr(value, "jaxpr", value), path)
+
+
+def products(*jaxprs: Jaxpr) -> list[tuple[JaxprEqn, str]]:
+    found = [pair for jaxpr in jaxprs for pair in equations(jaxpr)]
+    return [(eqn, path) for eqn, path in found if eqn.primitive.name in PRODUCTS]
+
+
+def bypasses(*jaxprs: Jaxpr) -> list[str]:
+    """The products that are not `contract`'s, or not as exact as it promises."""
+    return [
+        f"{path}: {equation}"
+        for equation, path in products(*jaxprs)
+        if "contract" not in path.split("/")
+        or equation.params["precision"] != HIGHEST
+        or equation.params["preferred_element_type"] != jnp.float32
+    ]
+
+
+def shapes(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
+    return {v.aval.shape for equation, _ in equations(jaxpr) for v in equation.outvars}
+
+
+def held_squares(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
+    return {shape for shape in shapes(jaxpr) if shape.count(LENGTH) > 1}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_product_goes_through_contract(name: str, dtype: str) -> None:
+    config = config_of(name)
+    jaxprs = jaxpr_of(config, dtype)
+    assert bypasses(*jaxprs) == []
+    # q, k, v, o, scores, values and the head, then three of a dense layer or four of experts
+    assert len(products(*jaxprs)) == (11 if config.num_experts else 10)
+
+
+def plain_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w.T
+
+
+def inexact_einsum(x: jax.Array, w: jax.Array) -> jax.Array:
+    with jax.named_scope("contract"):
+        return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=jnp.float32)
+
+
+def narrow_einsum(x: jax.Array, w: jax.Array) -> jax.Array:
+    with jax.named_scope("contract"):
+        return jnp.einsum("bti,oi->bto", x, w, precision=jax.lax.Precision.HIGHEST)
+
+
+def unscoped_einsum(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "bti,oi->bto",
+        x,
+        w,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+@pytest.mark.parametrize("product", [plain_matmul, inexact_einsum, narrow_einsum, unscoped_einsum])
+def test_a_planted_bypass_is_caught(
+    product: Callable[[jax.Array, jax.Array], jax.Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(x: jax.Array, weights: dict[str, jax.Array], linear: ops.Linear) -> jax.Array:
+        hidden = product(x, weights["mlp.gate"]).astype(x.dtype)
+        return linear.project(hidden, "layers.mlp.down", weights["mlp.down"])
+
+    monkeypatch.setattr(decoder, "_mlp", planted)
+    assert len(bypasses(*jaxpr_of(config_of("llama3")))) == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_trunk_holds_neither_squares_nor_logits(name: str) -> None:
+    config = config_of(name)
+    body, head = jaxpr_of(config)
+    assert held_squares(body) == set()
+    logits = {shape for shape in shapes(body) if {LENGTH, config.vocab_size} <= set(shape)}
+    assert logits == set()
+    # the same question finds what the head makes of all tokens at once
+    assert (2, LENGTH, config.num_labels or config.vocab_size) in shapes(head)
+
+
+def test_a_block_as_long_as_the_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", LENGTH)
+    body, _ = jaxpr_of(config_of("llama3"))
+    assert held_squares(body)
+
+
+def test_a_row_that_is_no_multiple_of_the_block_is_padded() -> None:
+    body, _ = jaxpr_of(config_of("llama3"), length=LENGTH - 24)
+    assert held_squares(body) == set()
+    assert all(shape.count(LENGTH - 24) < 2 for shape in shapes(body))
