@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .

@@ -126,10 +126,10 @@ def _separator(text: str) -> str | None:
     return "_" if "_" in text else None
 
 
-def _check_text(text: object) -> None:
+def _check_text(text: str) -> None:
     """Refuses what cannot be an id or a name, whatever its style."""
-    if not isinstance(text, str) or not text:
-        problem = "is not an id; give model_id or model_name as a string"
+    if not text:
+        problem = "is empty; give model_id or model_name"
     elif len(text) > MAX_ID_LENGTH:
         problem = f"has {len(text)} characters; the longest id has {MAX_ID_LENGTH}"
     elif not text.isprintable():
