@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from server_process import running_server
 
 import real_models
+from server_process import running_server
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
