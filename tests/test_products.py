@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from checkpoints import GOLDEN, mesh_of, open_folder
-from moorage_models import attention, decoder, ops
+from moorage_models import attention, decoder, moe, ops
 from moorage_models.attention import Visibility
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import logits_of, trunk
@@ -104,6 +105,15 @@ def test_every_product_goes_through_contract(name: str, dtype: str) -> None:
     assert len(products(*jaxprs)) == (11 if config.num_experts else 10)
 
 
+def test_grouped_experts_go_through_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerators run in place of one expert after another."""
+    monkeypatch.setattr(moe, "one_by_one", moe.grouped)
+    body, _ = jaxpr_of(config_of("qwen3_moe"))
+    kinds = [equation.primitive.name for equation, _ in products(body)]
+    assert sum(kind.startswith("ragged_dot") for kind in kinds) == 3
+    assert bypasses(body) == []
+
+
 def plain_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return x @ w.T
 
@@ -147,6 +157,9 @@ def test_the_trunk_holds_neither_squares_nor_logits(name: str) -> None:
     assert held_squares(body) == set()
     logits = {shape for shape in shapes(body) if {LENGTH, config.vocab_size} <= set(shape)}
     assert logits == set()
+    # nor either of them under another shape: scores of one block of queries are the most
+    widest = 2 * config.num_heads * attention.QUERY_BLOCK * LENGTH
+    assert max(math.prod(shape) for shape in shapes(body)) <= widest
     # the same question finds what the head makes of all tokens at once
     assert (2, LENGTH, config.num_labels or config.vocab_size) in shapes(head)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from moorage_models.config import ModelConfig
@@ -113,6 +113,7 @@ def make_plan(
     named = {_canonical(name, family): tensor for name, tensor in tensors.items()}
     twins = [n for n, tensor in tensors.items() if named[_canonical(n, family)] is not tensor]
     misfits = [f"stored under two names: {_some(twins)}"] if twins else []
+    _separate_experts(config, family, named)
     duplicates = _duplicates(config, named)
     parameters = []
     for name, shape in parameter_shapes(config).items():
@@ -148,6 +149,27 @@ def _canonical(name: str, family: Family) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def _separate_experts(config: ModelConfig, family: Family, named: dict[str, StoredTensor]) -> None:
+    """Replaces tensors `[experts, parts * out, in]` by runs of bytes, one a part and expert."""
+    for layer, (fused, parts) in itertools.product(range(config.num_layers), family.fused.items()):
+        tensor = named.get(fill_template(fused, (layer,)))
+        if tensor is None or not _holds_experts(tensor, config.num_experts, len(parts)):
+            continue
+        del named[fill_template(fused, (layer,))]
+        shape = (tensor.shape[1] // len(parts), tensor.shape[2])
+        offset = tensor.offset
+        for expert, part in itertools.product(range(config.num_experts), parts):
+            piece = replace(tensor, shape=shape, offset=offset)
+            named[fill_template(part, (layer, expert))] = piece
+            offset += piece.nbytes
+
+
+def _holds_experts(tensor: StoredTensor, experts: int, parts: int) -> bool:
+    shape = tensor.shape
+    fits = len(shape) == 3 and shape[0] == experts and shape[1] % parts == 0
+    return fits and tensor.dtype in ITEM_BYTES
 
 
 def _duplicates(

@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModelError, OSError, ValueError) as error:
         print(f"moorage serve: {error}", file=sys.stderr)
         return 1
+    if missing := [str(root) for root in args.root if not root.is_dir()]:
+        print(f"moorage serve: --root {missing[0]} is not a directory", file=sys.stderr)
+        return 1
     policy = Policy(roots=tuple(root.resolve() for root in args.root))
     return asyncio.run(_serve(args.listen, engine, policy))
 

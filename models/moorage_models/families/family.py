@@ -51,6 +51,16 @@ EXPERT_TENSORS: Mapping[str, str] = {
 }
 
 
+#: Newer transformers may store all experts of a layer in one tensor, gate rows before up rows.
+FUSED_EXPERT_TENSORS: Mapping[str, tuple[str, ...]] = {
+    "model.layers.*.mlp.experts.gate_up_proj": (
+        "model.layers.*.mlp.experts.#.gate_proj.weight",
+        "model.layers.*.mlp.experts.#.up_proj.weight",
+    ),
+    "model.layers.*.mlp.experts.down_proj": ("model.layers.*.mlp.experts.#.down_proj.weight",),
+}
+
+
 @dataclass(frozen=True)
 class Prefix:
     """How the names of one line of models begin.
@@ -81,6 +91,7 @@ class Family:
         architecture_defaults: The same for one architecture, where its class differs.
         presets: Configurations by config id, from the published `config.json` of each.
         tensors: Where a Hugging Face checkpoint keeps each parameter.
+        fused: Tensors that hold several, by what they hold of each expert, one after another.
         renames: Beginnings of tensor names and what they stand for.
         ignorable: Beginnings or ends of tensor names that are not part of the text decoder.
     """
@@ -94,5 +105,6 @@ class Family:
     presets: Mapping[str, ModelConfig]
     tensors: Mapping[str, str]
     architecture_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
     ignorable: tuple[str, ...] = (".rotary_emb.inv_freq",)

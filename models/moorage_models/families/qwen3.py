@@ -12,6 +12,7 @@ from moorage_models.config import ModelConfig
 from moorage_models.families.family import (
     BASE_TENSORS,
     EXPERT_TENSORS,
+    FUSED_EXPERT_TENSORS,
     QK_NORM_TENSORS,
     Family,
     Prefix,
@@ -116,4 +117,5 @@ FAMILY = Family(
         "qwen3_30b_a3b_thinking_2507": replace(_30B_A3B, **_30B_2507),
     },
     tensors={**BASE_TENSORS, **QK_NORM_TENSORS, **EXPERT_TENSORS},
+    fused=FUSED_EXPERT_TENSORS,
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,26 +20,13 @@ from moorage_models.sources.hf_cache import Held, HubCache, HubFile, verify
 from moorage_models.sources.hf_errors import persist
 from moorage_models.sources.hf_progress import FileProgress
 from moorage_models.sources.internal import within_roots
-from moorage_models.sources.source import ModelRequest, Policy
+from moorage_models.sources.source import ModelRequest, Policy, companions
 
 _PARALLEL_FILES = 4
 _PAUSES = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _POLL_SECONDS = 0.1
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[\w./+@-]+")
-
-#: Small files that make the folder of a load a snapshot that other tools can use.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-)
 
 # The client warns on stderr of every attempt that fails; what comes of it is raised from here.
 _log = logging.getLogger("huggingface_hub")
@@ -112,7 +98,7 @@ class HubRepository:
             ModelError: SOURCE_UNAVAILABLE or SOURCE_AUTH_REQUIRED as the hub answers; DISK_FULL;
                 CHECKPOINT_CORRUPT if a file is not what the hub states; LOAD_CANCELLED.
         """
-        wanted = {name: self.held.files[name] for name in [*_companions(self.held.files), *names]}
+        wanted = {name: self.held.files[name] for name in [*companions(self.held.files), *names]}
         monitor.expect("fetch", sum(file.size for file in wanted.values()))
         self.cache.require_space(self.revision, wanted)
         over = threading.Event()
@@ -227,10 +213,6 @@ def _listing(info: huggingface_hub.ModelInfo) -> dict[str, HubFile]:
         for file in info.siblings or ()
         if not {"", ".."} & set(file.rfilename.split("/"))
     }
-
-
-def _companions(names: Iterable[str]) -> list[str]:
-    return [n for n in names if "/" not in n and any(fnmatch.fnmatch(n, p) for p in _COMPANIONS)]
 
 
 def _abort_transfers() -> None:

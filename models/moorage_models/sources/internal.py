@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
-from moorage_models.sources.source import ModelRequest, Policy
+from moorage_models.sources.source import ModelRequest, Policy, companions
 
 _COPY_BYTES = 16 << 20
 _MAX_FILES = 20_000
@@ -47,14 +47,20 @@ class Directory:
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file."""
-        with open(self.folder / name, "rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
+        try:
+            with open(self.folder / name, "rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise ModelError(
+                Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}"
+            ) from error
 
     def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
         """The folder itself, or the one that the files were copied to."""
         if self.copy_to is None:
             return self.folder
+        names = sorted({*names, *companions(self.files)})
         monitor.expect("fetch", sum(self.files[name] for name in names))
         try:
             for name in names:

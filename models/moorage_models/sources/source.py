@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from moorage_models.monitor import LoadMonitor
+
+#: Small files that make the folder of a load a snapshot that other tools can use.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+)
 
 
 class ModelSource(StrEnum):
@@ -103,3 +117,8 @@ class Repository(Protocol):
             ModelError: SOURCE_UNAVAILABLE, DISK_FULL, SOURCE_AUTH_REQUIRED, or LOAD_CANCELLED.
         """
         ...
+
+
+def companions(names: Iterable[str]) -> list[str]:
+    """The small files among a checkpoint's that make a folder of it usable by other tools."""
+    return [n for n in names if "/" not in n and any(fnmatch(n, p) for p in _COMPANIONS)]

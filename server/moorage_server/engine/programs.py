@@ -26,7 +26,7 @@ from moorage_models.ops import partition
 from moorage_models.plan import Plan
 from moorage_models.sharding import FSDP
 from moorage_server.engine.api import Batch, Bucket
-from moorage_server.engine.outputs import OUTPUTS
+from moorage_server.engine.outputs import OUTPUTS, served
 
 #: Tokens of a head chunk on each data-parallel device; the head never holds more logits.
 CHUNK = 128
@@ -110,21 +110,22 @@ def compile_programs(
     Raises:
         ModelError: LOAD_CANCELLED.
     """
-    jobs: dict[str | Bucket, jax.stages.Lowered] = {}
-    monitor.expect("compile", len(buckets) + len(OUTPUTS))
+    jobs: list[Bucket | str] = [*buckets, *served(plan.config)]
+    monitor.expect("compile", len(jobs))
+
+    def compiled(job: Bucket | str) -> Compiled:
+        monitor.check()
+        if isinstance(job, Bucket):
+            lowered = lower_trunk(plan, compute_dtype, mesh, job)
+        else:
+            lowered = lower_head(plan, mesh, job)
+        monitor.check()
+        program = compile_lowered(lowered, mesh)
+        monitor.advance("compile", 1)
+        return program
+
     with ThreadPoolExecutor(_COMPILE_THREADS, "compile") as pool:
-
-        def compiled(lowered: jax.stages.Lowered) -> Compiled:
-            monitor.check()
-            program = compile_lowered(lowered, mesh)
-            monitor.advance("compile", 1)
-            return program
-
-        for bucket in buckets:
-            jobs[bucket] = lower_trunk(plan, compute_dtype, mesh, bucket)
-        for name in OUTPUTS:
-            jobs[name] = lower_head(plan, mesh, name)
-        programs = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
+        programs = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
     return Programs(
         plan.config,
         {key: program for key, program in programs.items() if isinstance(key, Bucket)},
