@@ -55,7 +55,7 @@ class ServerThread:
 def serving(engine: Engine, *roots: Path) -> Iterator[ServerThread]:
     """Serves directories under some roots; fails if asyncio complains of anything."""
     server = ServerThread(engine)
-    policy = Policy((ModelSource.HUGGINGFACE, ModelSource.INTERNAL), roots)
+    policy = Policy((ModelSource.HUGGINGFACE, ModelSource.INTERNAL, ModelSource.MAXTEXT), roots)
     thread = threading.Thread(target=lambda: asyncio.run(server.run(policy)), name="server")
     thread.start()
     server.wait_until_started()
