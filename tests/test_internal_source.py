@@ -157,9 +157,11 @@ def test_files_are_copied_to_the_download_path(root: Path) -> None:
     repository = opened("model", root, download_path=target)
     assert not target.exists()
     assert repository.fetch([WEIGHTS], monitor) == target
-    assert os.listdir(target) == [WEIGHTS]
-    assert (target / WEIGHTS).read_bytes() == (root / "model" / WEIGHTS).read_bytes()
-    stage, size = monitor.stages()["fetch"], repository.files[WEIGHTS]
+    assert set(os.listdir(target)) == {WEIGHTS, "config.json"}  # usable by other tools
+    for name in os.listdir(target):
+        assert (target / name).read_bytes() == (root / "model" / name).read_bytes()
+    size = sum(repository.files[name] for name in (WEIGHTS, "config.json"))
+    stage = monitor.stages()["fetch"]
     assert (stage.done, stage.total) == (size, size)
 
 
