@@ -783,7 +783,7 @@ def test_a_cancelled_load_ends_at_once(hub: Hub, files: dict[str, bytes], patter
     with pytest.raises(ModelError) as caught:
         fetch(checkpoint, monitor)
     assert caught.value.reason is Reason.LOAD_CANCELLED
-    assert 0.3 <= time.monotonic() - start < 1.3
+    assert 0.3 <= time.monotonic() - start < 4  # two workers on two cores; the stall is far longer
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["cancelled", "failed"])
@@ -945,7 +945,7 @@ def test_a_cancelled_load_from_xet_storage_ends_at_once(
     with pytest.raises(ModelError) as caught:
         fetch(checkpoint, monitor)
     assert caught.value.reason is Reason.LOAD_CANCELLED
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
     assert xet.lines("GET /v*/reconstructions*")
     until(lambda: not any(t.name.startswith("fetch") for t in threading.enumerate()))
     assert capfd.readouterr() == ("", "")

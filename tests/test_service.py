@@ -136,7 +136,7 @@ def test_the_server_describes_itself(client):
     assert (info.platform, info.mesh) == ("cpu", {"fsdp": 2, "tp": 2})
     assert info.buckets == ((4, 128), (2, 512))
     assert (info.max_message_bytes, info.max_sequence_length) == (4 << 20, 512)
-    assert sorted(info.sources) == ["huggingface", "internal"]
+    assert sorted(info.sources) == ["huggingface", "internal", "maxtext"]
     assert info.outputs == ("logprobs", "logits")
     held = {device.id: device.model_bytes for device in info.devices}
     total = dict.fromkeys(range(4), 0)
