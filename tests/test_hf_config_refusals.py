@@ -60,6 +60,10 @@ def refusal(raw: Any) -> ModelError:
             "rotary type 'proportional'",
         ),
         (LLAMA | {"hidden_act": "gelu"}, "activation 'gelu'"),
+        (
+            LLAMA | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
         (GEMMA2 | {"hidden_activation": "gelu"}, "activation 'gelu'"),
         (
             LLAMA | {"architectures": ["MixtralForCausalLM"]},

@@ -222,6 +222,8 @@ def _ropes(text: Raw) -> tuple[dict[str, Any], list[str]]:
     problems = []
     for field, rope in (("rope_scaling", glob), ("rope_local_scaling", local)):
         kind = rope.get("rope_type") or rope.get("type") or "default"
+        if rope.get("partial_rotary_factor") not in (1, None):
+            problems.append(f"partial_rotary_factor = {rope['partial_rotary_factor']!r}")
         if kind not in _SCALINGS:
             problems.append(f"rotary type {kind!r}")
         elif scaling := _SCALINGS[kind](rope):
