@@ -118,6 +118,11 @@ def test_float32_is_within_the_references_own_noise(name: str, mesh: tuple[int, 
         ("llama3", (1, 8)),  # two key and value heads are repeated for eight devices
         ("qwen2p5_tied", (1, 8)),  # fourteen heads stay whole
         ("qwen3_moe", (4, 2)),  # rows do not divide by four
+        *(
+            pytest.param(name, mesh, marks=pytest.mark.soak)
+            for name in VARIANTS
+            for mesh in ((1, 8), (8, 1), (4, 2))
+        ),
     ],
     ids=str,
 )

@@ -1,7 +1,4 @@
-"""Writing back: a saved folder holds the bits that were read, and a config that says the same.
-
-That transformers loads such folders and computes the golden numbers: test_reference.py.
-"""
+"""Writing back: a saved folder holds the bits that were read, and a config that says the same."""
 
 from __future__ import annotations
 
