@@ -22,7 +22,7 @@ from moorage_models.attention import QUERY_BLOCK, Visibility, attention
 from moorage_models.config import LOCAL, ModelConfig
 from moorage_models.moe import experts
 from moorage_models.ops import Linear, rms_norm, rotary_frequencies, rotate, softcap
-from moorage_models.parameters import LAYERS, PARAMETERS
+from moorage_models.parameters import LAYERS, PARAMETERS, head_parameter
 
 Params = Mapping[str, Array]
 
@@ -80,10 +80,9 @@ def logits_of(
     params: Params, hidden: Float32[Array, "b t d"], *, config: ModelConfig, mesh: Mesh
 ) -> Float32[Array, "b t v"]:
     """Logits, or a reward model's scores `[b, t, labels]`, in float32 throughout."""
-    if config.num_labels:
-        return Linear(config, mesh).project(hidden, "score", params["score"])
-    name = "embed" if config.tied else "head"
-    return softcap(Linear(config, mesh).project(hidden, name, params[name]), config.final_softcap)
+    name = head_parameter(config)
+    logits = Linear(config, mesh).project(hidden, name, params[name])
+    return logits if config.num_labels else softcap(logits, config.final_softcap)
 
 
 def _layer(

@@ -61,8 +61,7 @@ def one_by_one(
 ) -> Float[Array, "b t d"]:
     """A scan over the experts; each tensor-parallel device scans over its own."""
     count = linear.config.num_experts
-    groups = linear.mesh.shape.get(TP, 1)
-    groups = groups if count % groups == 0 else 1
+    groups = linear.mesh.shape[TP] if linear.on_tp("e") else 1
     one_hot = jax.nn.one_hot(chosen, count, dtype=jnp.float32)
     every_share = jnp.moveaxis(jnp.sum(one_hot * shares[..., None], axis=-2), -1, 0)
 
@@ -92,8 +91,7 @@ def grouped(
     linear: Linear,
 ) -> Float[Array, "b t d"]:
     """Rows sorted by expert; each tensor-parallel device multiplies those of its own experts."""
-    tp = linear.mesh.shape.get(TP, 1)
-    split = tp > 1 and linear.config.num_experts % tp == 0
+    split = linear.on_tp("e")
     by_expert = PartitionSpec(TP) if split else PartitionSpec()
     by_rows = linear.batch_spec(x)
     body = jax.shard_map(

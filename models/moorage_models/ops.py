@@ -92,11 +92,11 @@ class Linear:
 
     def activation(self, x: Array, letter: str = "d") -> Array:
         """Splits activations `[batch, ..., letter]`: batch over fsdp, the last axis over tp."""
-        return self.constrain(x, x.ndim - 1 if self._on_tp(letter) else None)
+        return self.constrain(x, x.ndim - 1 if self.on_tp(letter) else None)
 
     def heads(self, x: Array) -> Array:
         """Splits `[batch, tokens, heads, ...]`: batch over fsdp, heads over tp if they divide."""
-        return self.constrain(x, 2 if self._on_tp("n") else None)
+        return self.constrain(x, 2 if self.on_tp("n") else None)
 
     def constrain(self, x: Array, tp_axis: int | None) -> Array:
         """States the layout of activations whose first axis is the batch."""
@@ -114,7 +114,8 @@ class Linear:
         ways = self.mesh.shape.get(FSDP, 1)
         return PartitionSpec(FSDP if ways > 1 and x.shape[0] % ways == 0 else None)
 
-    def _on_tp(self, letter: str) -> bool:
+    def on_tp(self, letter: str) -> bool:
+        """Whether tensor parallelism splits the axis of this letter."""
         return splits_over_tp(letter, self.config, dict(self.mesh.shape))
 
 

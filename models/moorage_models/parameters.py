@@ -70,6 +70,11 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 
+def head_parameter(config: ModelConfig) -> str:
+    """The parameter that hidden states are multiplied by in the end."""
+    return "score" if config.num_labels else "embed" if config.tied else "head"
+
+
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """The size of each axis letter."""
     return {

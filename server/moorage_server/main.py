@@ -22,6 +22,7 @@ from moorage_models.errors import ModelError
 from moorage_models.sources import Policy
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
+from moorage_server.engine.local import LocalEngine, keep_compiled, make_mesh
 from moorage_server.service import (
     MAX_MESSAGE_BYTES,
     ModelService,
@@ -53,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         force=True,  # packages that were imported above may have set it up already
     )
-    # Imported late: it takes seconds, and --help should not.
-    from moorage_server.engine.local import LocalEngine, keep_compiled, make_mesh
-
     try:
         mesh = make_mesh(_sizes(args.mesh))
         engine = LocalEngine(mesh, _buckets(args.buckets, mesh.shape.get("fsdp", 1)))

@@ -41,12 +41,13 @@ class LocalEngine:
         self._models: dict[str, _Loaded] = {}
         self._programs: OrderedDict[object, Programs] = OrderedDict()
         self._lock = threading.Lock()
+        devices = tuple(Device(d.id, d.device_kind) for d in mesh.devices.flat)
+        platform = str(mesh.devices.flat[0].platform)
+        self._info = EngineInfo(platform, devices, dict(mesh.shape), self._buckets)
 
     def info(self) -> EngineInfo:
         """The devices, the mesh and the buckets."""
-        devices = tuple(Device(d.id, d.device_kind) for d in self._mesh.devices.flat)
-        platform = str(self._mesh.devices.flat[0].platform)
-        return EngineInfo(platform, devices, dict(self._mesh.shape), self._buckets)
+        return self._info
 
     def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
         """Fetches, places and compiles, side by side."""

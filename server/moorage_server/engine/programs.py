@@ -23,6 +23,7 @@ from moorage_models.decoder import logits_of, trunk
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
+from moorage_models.parameters import head_parameter
 from moorage_models.plan import Plan
 from moorage_models.sharding import FSDP
 from moorage_server.engine.api import Batch, Bucket
@@ -135,7 +136,7 @@ def compile_programs(
 
 def split_params(params: Mapping[str, T], config: ModelConfig) -> tuple[dict[str, T], dict[str, T]]:
     """The parameters that the trunk takes, and those that the head takes."""
-    head = "score" if config.num_labels else "embed" if config.tied else "head"
+    head = head_parameter(config)
     trunk_params = {k: v for k, v in params.items() if k not in ("head", "score")}
     return trunk_params, {head: params[head]}
 
