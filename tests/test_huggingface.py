@@ -31,9 +31,9 @@ from moorage_models.automodel import AutoModel, load
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
-from moorage_models.sources import ModelRequest, ModelSource, Policy
+from moorage_models.sources import ModelRequest, ModelSource, Policy, remote
 from moorage_models.sources import huggingface as source
-from moorage_models.sources.hf_progress import FileProgress
+from moorage_models.sources.progress import FileProgress
 
 ID = "org/Model-1b"
 
@@ -75,7 +75,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
         monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-        monkeypatch.setattr(source, "_PAUSES", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(source, "PAUSES", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
         yield hub
         huggingface_hub.close_session()
 
@@ -532,7 +533,7 @@ def test_a_hub_that_goes_down_before_the_fetch_is_unavailable(
     hub.push(ID, files)
     checkpoint = open_it()
     # Here the client tries again by itself.
-    monkeypatch.setattr("moorage_models.sources.hf_errors.time", SimpleNamespace(sleep=pytest.fail))
+    monkeypatch.setattr("moorage_models.sources.failures.time", SimpleNamespace(sleep=pytest.fail))
     hub.faults.append(Fault("*", status=status))
     with pytest.raises(ModelError) as caught:
         fetch(checkpoint)
@@ -552,7 +553,7 @@ def test_a_hub_that_refuses_connections_is_unavailable(
 def test_offline_without_the_checkpoint_says_so_at_once(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moorage_models.sources.hf_errors.time", SimpleNamespace(sleep=pytest.fail))
+    monkeypatch.setattr("moorage_models.sources.failures.time", SimpleNamespace(sleep=pytest.fail))
     go_offline(hub, monkeypatch)
     error = refusal()
     assert error.reason is Reason.SOURCE_UNAVAILABLE
@@ -754,7 +755,7 @@ def test_progress_reaches_its_total_and_never_passes_it(
     hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 12)
-    monkeypatch.setattr(source, "_PARALLEL_FILES", 1)  # else the order of sums is by chance
+    monkeypatch.setattr(remote, "_PARALLEL_FILES", 1)  # else the order of sums is by chance
     hub.push(ID, files)
     checkpoint = open_it()
     resumed, failed = weights(files)[:2]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 
 #: Small files that make the folder of a load a snapshot that other tools can use.
@@ -67,10 +68,31 @@ class Policy:
     Attributes:
         sources: The sources that are allowed; None allows all.
         roots: Directories under which local paths must lie; None allows any.
+        places: Patterns of what may be read of hubs and buckets, each a source and a place in it:
+            `huggingface:google/*`, `gcs:my-bucket/models/*`; None allows any.
     """
 
     sources: tuple[ModelSource, ...] | None = None
     roots: tuple[Path, ...] | None = None
+    places: tuple[str, ...] | None = None
+
+    def require(self, source: ModelSource, place: str) -> None:
+        """Refuses a place on a hub that is not on the list.
+
+        Args:
+            source: The hub.
+            place: The repository, handle or bucket and prefix.
+
+        Raises:
+            ModelError: SOURCE_NOT_ALLOWED.
+        """
+        name = f"{source.value}:{place}"
+        if self.places is not None and not any(fnmatchcase(name, p) for p in self.places):
+            raise ModelError(
+                Reason.SOURCE_NOT_ALLOWED,
+                f"{name} is not on this server's list (moorage serve --allow): "
+                f"{', '.join(self.places) or 'nothing'}",
+            )
 
 
 @runtime_checkable

@@ -1,0 +1,238 @@
+"""A checkpoint on a hub: looked into by ranges, and brought here once for all processes."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from filelock import FileLock, Timeout
+
+from moorage_models.errors import ModelError, Reason
+from moorage_models.monitor import LoadMonitor
+from moorage_models.sources.digests import verify
+from moorage_models.sources.failures import Failures, persist
+from moorage_models.sources.progress import FileProgress
+from moorage_models.sources.record import Held, Records, RemoteFile
+from moorage_models.sources.source import companions
+
+PAUSES = (1.0, 2.0, 4.0)  # seconds before each further attempt
+_PARALLEL_FILES = 4
+_POLL_SECONDS = 0.1
+
+
+@runtime_checkable
+class Hub(Protocol):
+    """One repository on a hub, at one revision, through the hub's own client.
+
+    Its methods raise whatever that client raises, which `failures` sorts.
+    """
+
+    @property
+    def failures(self) -> Failures:
+        """How its client's errors are sorted."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes `start .. stop` of a file, by one ranged request."""
+        ...
+
+    def bring(self, name: str, target: Path, progress: FileProgress) -> str:
+        """Downloads a whole file to `target`, going on with what an earlier attempt left there.
+
+        Args:
+            name: The file.
+            target: Where it is wanted. Until this returns, nothing stands there: what is not
+                whole is kept beside it, under a name that ends in `.partial` or `.incomplete`.
+            progress: Told of the bytes as they arrive; what it raises ends the download.
+
+        Returns:
+            The digest that came with the bytes, for hubs whose lists have none; else empty.
+        """
+        ...
+
+    def holds(self, file: RemoteFile) -> bool:
+        """Whether the client has the bytes of a file already, under another name or revision."""
+        ...
+
+    def abort(self) -> None:
+        """Ends what the client moves in threads of its own."""
+        ...
+
+    def sweep(self) -> None:
+        """Removes what dead processes left half fetched. Called under the lock."""
+        ...
+
+
+@dataclass(frozen=True)
+class RemoteRepository:
+    """A checkpoint on a hub, at one revision.
+
+    Attributes:
+        hub: How it is asked.
+        key: Names the place within the hub.
+        asked: The revision that was asked for.
+        revision: What that stood for: a commit, a version or a digest of generations.
+        folder: Where the files are put.
+        records: What was fetched and verified.
+        held: The files of the revision, and what of them this machine holds.
+        heads: The beginnings of files that were read from the hub.
+    """
+
+    hub: Hub
+    key: str
+    asked: str
+    revision: str
+    folder: Path
+    records: Records
+    held: Held
+    heads: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The place and the revision."""
+        return f"{self.key}@{self.revision[:12]}"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder of a revision that was fetched before."""
+        return self.folder if self.held.paths else None
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Sizes by name."""
+        return {name: file.size for name, file in self.held.files.items()}
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes `start .. stop` of a file: from this machine, or by a ranged request."""
+        if name in self.held.paths:
+            with open(self.held.paths[name], "rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        head = self.heads.get(name, b"")
+        if stop <= len(head):
+            return head[start:stop]
+        content = persist(
+            self.hub.failures, lambda: self._request(name, start, stop), self.label, PAUSES
+        )
+        if start == len(head):
+            self.heads[name] = head + content
+        return content
+
+    def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
+        """Downloads files and their companions, several at a time, and verifies them once.
+
+        One process downloads; the others wait for it, and find the files there.
+
+        Returns:
+            The folder that holds them.
+
+        Raises:
+            ModelError: SOURCE_UNAVAILABLE or SOURCE_AUTH_REQUIRED as the hub answers; DISK_FULL;
+                CHECKPOINT_CORRUPT if a file is not what the hub states; LOAD_CANCELLED.
+        """
+        wanted = {name: self.held.files[name] for name in [*companions(self.held.files), *names]}
+        monitor.expect("fetch", sum(file.size for file in wanted.values()))
+        if all(self._is_here(name) for name in wanted):
+            monitor.advance("fetch", sum(file.size for file in wanted.values()))
+            return self.folder
+        with self._alone(monitor):
+            if held := self.records.recorded(self.revision, self.folder):  # by another, meanwhile
+                wanted |= {name: held.files[name] for name in wanted if name in held.files}
+            self._require_space(wanted)
+            wanted = self._bring_all(wanted, monitor)
+            files = {**self.held.files, **wanted}
+            self.records.record(self.asked, self.revision, files, self.heads)
+        return self.folder
+
+    def _is_here(self, name: str) -> bool:
+        return self.held.files[name].verified_ns > 0 and name in self.held.paths
+
+    @contextmanager
+    def _alone(self, monitor: LoadMonitor) -> Iterator[None]:
+        """Holds the checkpoint's lock, which ends with the process that holds it."""
+        path = self.records.home / "moorage" / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            while True:
+                monitor.check()
+                try:
+                    lock.acquire(timeout=_POLL_SECONDS)
+                    break
+                except Timeout:
+                    continue
+        except OSError:  # a cache that cannot be written has no second writer
+            yield
+            return
+        try:
+            self.hub.sweep()
+            yield
+        finally:
+            lock.release()
+
+    def _bring_all(
+        self, wanted: Mapping[str, RemoteFile], monitor: LoadMonitor
+    ) -> dict[str, RemoteFile]:
+        over = threading.Event()
+        pool = ThreadPoolExecutor(_PARALLEL_FILES, "fetch")
+        brought = {}
+        try:
+            futures = {
+                pool.submit(self._bring, name, file, FileProgress(monitor, over, file.size)): name
+                for name, file in wanted.items()
+            }
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+                monitor.check()
+                brought.update({futures[future]: future.result() for future in done})
+        except BaseException:
+            over.set()
+            self.hub.abort()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return brought
+
+    def _bring(self, name: str, file: RemoteFile, progress: FileProgress) -> RemoteFile:
+        """Downloads one file, if it is not there, and verifies it, if it was not."""
+        path = self.folder / name
+
+        def download() -> str:
+            progress.restart()
+            return self.hub.bring(name, path, progress)
+
+        stated = persist(self.hub.failures, download, self.label, PAUSES)
+        file = RemoteFile(file.size, file.digest or stated, file.verified_ns)
+        verified = verify(path, name, file, self.hub.failures.title, progress.advance)
+        progress.finish()
+        return verified
+
+    def _request(self, name: str, start: int, stop: int) -> bytes:
+        content = self.hub.read(name, start, stop)
+        if len(content) != stop - start:
+            raise OSError(f"{name} was answered with {len(content)} of {stop - start} bytes")
+        return content
+
+    def _require_space(self, wanted: Mapping[str, RemoteFile]) -> None:
+        """Refuses what cannot fit, before it is fetched."""
+        needed = sum(
+            file.size
+            for name, file in wanted.items()
+            if not (self.folder / name).exists() and not self.hub.holds(file)
+        )
+        folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            setting = self.hub.failures.cache_setting
+            raise ModelError(
+                Reason.DISK_FULL,
+                f"{needed} bytes are to be fetched, but {free} are free where they would go: free "
+                f"some, or set {setting} or model_download_path to another disk",
+            )
