@@ -2,14 +2,16 @@
 # make test   lint, types and tests
 # make soak   what is too slow for the suite
 # make bench  every figure, as ratios within one run
+# make bench-load  loads against the limit of reading and other loaders; options in ARGS
 # make presets  every preset at its real size, compiled from shapes alone
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
+ARGS ?=
 
-.PHONY: demo test lint soak bench presets stubs clean
+.PHONY: demo test lint soak bench bench-load presets stubs clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -31,6 +33,9 @@ soak: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/forward.py
+
+bench-load: $(VENV)/dev
+	$(BIN)/python benchmarks/load.py $(ARGS)
 
 presets: $(VENV)/dev
 	$(BIN)/python benchmarks/presets.py

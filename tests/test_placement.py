@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import ml_dtypes
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 
 from checkpoints import GOLDEN, mesh_of, open_folder, stored_tensors
-from moorage_models import placement
+from moorage_models import automodel, bands, reading
+from moorage_models.arena import Arena
 from moorage_models.automodel import load
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor, Stage
+from moorage_models.placement import ArenaPlacer, Placer
+from moorage_models.reading import LocalFiles
+from moorage_models.ring import RingPlacer
 from moorage_models.sharding import shard_shape
 
 VARIANTS = [
@@ -38,6 +43,39 @@ VARIANTS = [
 MESHES = [(1, 1), (2, 2), (1, 8), (8, 1), (4, 2)]
 #: Without a head that is stored twice, which is read to be compared.
 ONCE = ["gemma2", "qwen3_moe", "llama3_oddvocab", "llama3_mixed_dtype", "gemma3_mm_27b"]
+PLACERS = [ArenaPlacer(Arena()), RingPlacer()]
+BOTH = pytest.mark.parametrize("placer", PLACERS, ids=["arena", "ring"])
+
+
+class Spy(LocalFiles):
+    """Notes what is read, and may do something before each read."""
+
+    reads: ClassVar[list[tuple[str, int, int]]]
+    before: ClassVar[Callable[[], None]]
+
+    def read(self, name: str, offset: int, target: np.ndarray) -> None:
+        self.note(name, offset, len(target))
+        super().read(name, offset, target)
+
+    def scatter(self, name: str, offset: int, columns: Sequence[np.ndarray]) -> None:
+        self.note(name, offset, sum(array.size for array in columns))
+        super().scatter(name, offset, columns)
+
+    def lend(self, name: str, offset: int, nbytes: int) -> np.ndarray:
+        self.note(name, offset, nbytes)
+        return super().lend(name, offset, nbytes)
+
+    def note(self, name: str, offset: int, nbytes: int) -> None:
+        self.before()
+        self.reads.append((name, offset, offset + nbytes))
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
+    monkeypatch.setattr(Spy, "reads", [], raising=False)
+    monkeypatch.setattr(Spy, "before", lambda _: None, raising=False)
+    monkeypatch.setattr(automodel, "LocalFiles", Spy)
+    return Spy
 
 
 def whole_parameters(checkpoint: Checkpoint, folder: Path) -> dict[str, np.ndarray]:
@@ -77,70 +115,66 @@ def check_shards(
             assert (bits(held) == bits(wanted[name][shard.index])).all(), (name, shard.index)
 
 
+@BOTH
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_device_holds_its_slice(name: str, mesh: tuple[int, int]) -> None:
+def test_every_device_holds_its_slice(name: str, mesh: tuple[int, int], placer: Placer) -> None:
     checkpoint = open_folder(GOLDEN / name)
-    params, folder = load(checkpoint, mesh_of(*mesh))
+    params, folder = load(checkpoint, mesh_of(*mesh), placer=placer)
     assert folder == GOLDEN / name
     check_shards(checkpoint, params, mesh, whole_parameters(checkpoint, folder))
 
 
+@BOTH
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["llama3_oddvocab", "qwen3_moe"])
 def test_tensors_longer_than_a_band(
-    name: str, mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str, mesh: tuple[int, int], placer: Placer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bands of a few rows, and reads that return less than was asked for."""
     preadv = os.preadv
 
-    def short_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        return preadv(descriptor, [buffers[0][:100]], offset)
+    def short_preadv(file: int, buffers: Sequence[memoryview], offset: int, *flags: int) -> int:
+        return preadv(file, [buffers[0][:100]], offset, *flags)
 
-    monkeypatch.setattr(placement, "_BAND_BYTES", 500)
+    monkeypatch.setattr(bands, "READ_BYTES", 500)
     monkeypatch.setattr(os, "preadv", short_preadv)
+    monkeypatch.setattr(reading, "_PREADV", lambda *_: 100)
     checkpoint = open_folder(GOLDEN / name)
-    params, folder = load(checkpoint, mesh_of(*mesh))
+    params, folder = load(checkpoint, mesh_of(*mesh), placer=placer)
     check_shards(checkpoint, params, mesh, whole_parameters(checkpoint, folder))
 
 
+@BOTH
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ONCE)
 def test_every_byte_is_read_once_and_counted(
-    name: str, mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str, mesh: tuple[int, int], placer: Placer, spy: type[Spy]
 ) -> None:
     """Vision tensors, headers and other files are not read at all."""
-    preadv = os.preadv
-    reads: list[tuple[int, int, int]] = []
-
-    def counting_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        count = preadv(descriptor, buffers, offset)
-        reads.append((os.fstat(descriptor).st_ino, offset, offset + count))
-        return count
-
-    monkeypatch.setattr(os, "preadv", counting_preadv)
     checkpoint, monitor = open_folder(GOLDEN / name), LoadMonitor()
-    load(checkpoint, mesh_of(*mesh), monitor)
+    load(checkpoint, mesh_of(*mesh), monitor, placer)
     needed = sum(
         tensor.nbytes
         for key, tensor in stored_tensors(GOLDEN / name).items()
         if "vision" not in key and "projector" not in key
     )
-    for (file, _, stop), (other, start, _) in itertools.pairwise(sorted(reads)):
+    for (file, _, stop), (other, start, _) in itertools.pairwise(sorted(spy.reads)):
         assert file != other or stop <= start
-    assert sum(stop - start for _, start, stop in reads) == needed
+    assert sum(stop - start for _, start, stop in spy.reads) == needed
     stage = monitor.stages()["place"]
     assert (stage.done, stage.total) == (needed, needed)
 
 
+@BOTH
 @pytest.mark.parametrize("mesh", [(1, 1), (4, 2)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["gemma2", "qwen3_f16", "qwen3_f32", "llama3_mixed_dtype"])
 def test_parameters_are_cast_as_they_are_loaded(
-    name: str, dtype: str, mesh: tuple[int, int]
+    name: str, dtype: str, mesh: tuple[int, int], placer: Placer
 ) -> None:
     checkpoint = open_folder(GOLDEN / name, dtype)
-    params, folder = load(checkpoint, mesh_of(*mesh))
+    params, folder = load(checkpoint, mesh_of(*mesh), placer=placer)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     whole = whole_parameters(checkpoint, folder)
     check_shards(checkpoint, params, mesh, {key: x.astype(kind) for key, x in whole.items()})
@@ -163,27 +197,19 @@ def refusal(checkpoint: Checkpoint, monitor: LoadMonitor | None = None) -> Model
     return caught.value
 
 
-def test_a_cancelled_load_stops_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("read after the cancellation"))
+def test_a_cancelled_load_stops_before_it_reads(spy: type[Spy]) -> None:
     monitor = LoadMonitor()
     monitor.cancel()
     assert refusal(open_folder(GOLDEN / "llama3"), monitor).reason is Reason.LOAD_CANCELLED
+    assert spy.reads == []
 
 
-def test_a_load_is_cancelled_between_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "_BAND_BYTES", 500)
-    preadv, monitor, reads = os.preadv, LoadMonitor(), 0
-
-    def cancelling_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        nonlocal reads
-        reads += 1
-        if reads == 20:
-            monitor.cancel()
-        return preadv(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", cancelling_preadv)
+def test_a_load_is_cancelled_between_bands(spy: type[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "READ_BYTES", 500)
+    monitor = LoadMonitor()
+    monkeypatch.setattr(spy, "before", lambda self: len(self.reads) == 19 and monitor.cancel())
     assert refusal(open_folder(GOLDEN / "llama3"), monitor).reason is Reason.LOAD_CANCELLED
-    assert reads < 30  # those of the other threads may be under way
+    assert len(spy.reads) < 30  # those of the other threads may be under way
     assert 0 < monitor.stages()["place"].done < monitor.stages()["place"].total
 
 
@@ -205,6 +231,23 @@ def test_a_file_that_was_removed_since_is_corrupt(tmp_path: Path) -> None:
     error = refusal(checkpoint)
     assert error.reason is Reason.CHECKPOINT_CORRUPT
     assert str(tmp_path) not in error.message
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_corrupt(
+    tmp_path: Path, spy: type[Spy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "llama3", tmp_path / "model"))
+    file = folder / "model.safetensors"
+
+    def replace(self: Spy) -> None:
+        if len(self.reads) == 5:
+            (tmp_path / "other").write_bytes(file.read_bytes())
+            os.replace(tmp_path / "other", file)
+
+    monkeypatch.setattr(spy, "before", replace)
+    error = refusal(open_folder(folder))
+    assert error.reason is Reason.CHECKPOINT_CORRUPT
+    assert "changed" in error.message
 
 
 def test_a_failed_load_leaves_no_file_open(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -10,12 +11,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.typing import DTypeLike
 
+from moorage_models.arena import Arena
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import Decoder
 from moorage_models.monitor import LoadMonitor
 from moorage_models.orbax import place_tree
-from moorage_models.placement import place
+from moorage_models.placement import ArenaPlacer, Placer, place
+from moorage_models.reading import Arrivals, LocalFiles
+from moorage_models.ring import RingPlacer
 from moorage_models.sources import ModelRequest, ModelSource
 
 
@@ -95,7 +99,10 @@ def create_model_from_safe_tensors(
 
 
 def load(
-    checkpoint: Checkpoint, mesh: Mesh, monitor: LoadMonitor | None = None
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    monitor: LoadMonitor | None = None,
+    placer: Placer | None = None,
 ) -> tuple[dict[str, jax.Array], Path]:
     """Fetches a checkpoint and places it on a mesh: all loads, in process or not, go here.
 
@@ -103,6 +110,7 @@ def load(
         checkpoint: What to load.
         mesh: The device mesh, axes Auto.
         monitor: Told of progress; may cancel the load.
+        placer: How bytes come into device memory; by the kind of the devices if None.
 
     Returns:
         The parameters by name, and the folder that they were read from.
@@ -111,11 +119,33 @@ def load(
         ModelError: The source failed, the files are damaged, or the load was cancelled.
     """
     monitor = monitor or LoadMonitor()
-    folder = checkpoint.repository.fetch(checkpoint.plan.files, monitor)
+    repository, plan = checkpoint.repository, checkpoint.plan
+    folder = repository.destination
     if checkpoint.orbax is not None:
-        folder = folder / checkpoint.orbax
-        return place_tree(checkpoint.plan, folder, mesh, monitor), folder
-    return place(checkpoint.plan, folder, mesh, monitor), folder
+        repository.fetch(plan.files, monitor)
+        folder /= checkpoint.orbax
+        return place_tree(plan, folder, mesh, monitor), folder
+    placer = placer or placer_for(mesh)
+    arrivals = Arrivals()
+    with ThreadPoolExecutor(1, "load") as pool, LocalFiles(folder, arrivals) as files:
+        fetching = pool.submit(repository.fetch, plan.files, monitor, arrivals.add)
+        fetching.add_done_callback(lambda _: arrivals.close())
+        try:
+            params = place(plan, files, mesh, monitor, placer)
+            fetching.result()
+            files.check_unchanged()
+        except BaseException:
+            if fetching.done():
+                fetching.result()  # what ended the fetch ended the placement, too
+            monitor.cancel()
+            raise
+    return params, folder
+
+
+def placer_for(mesh: Mesh) -> Placer:
+    """How bytes come onto a mesh's kind of devices, with no memory kept for models to come."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return ArenaPlacer(Arena()) if on_cpu else RingPlacer()
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:

@@ -2,42 +2,147 @@
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from moorage_models.dtypes import ITEM_BYTES, numpy_dtype
+from moorage_models.arena import Arena
+from moorage_models.bands import Band, Bounds, bands, fill
+from moorage_models.dtypes import numpy_dtype
 from moorage_models.errors import ModelError, Reason
 from moorage_models.headers import StoredTensor
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
 from moorage_models.plan import Piece, Plan, PlannedParameter
+from moorage_models.reading import READ_BYTES, Reader
 
-_BAND_BYTES = 8 << 20
-_THREADS = 4
+READ_THREADS = 4
 
-#: A shard's slice of the whole array, one (start, stop) an axis.
-Bounds = tuple[tuple[int, int], ...]
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter lies on the devices of this process.
+
+    Attributes:
+        parameter: The parameter.
+        sharding: How it is split.
+        bounds: What each device holds.
+    """
+
+    parameter: PlannedParameter[Piece]
+    sharding: NamedSharding
+    bounds: dict[jax.Device, Bounds]
+
+    @classmethod
+    def of(cls, parameter: PlannedParameter[Piece], mesh: Mesh) -> Layout:
+        """The layout of a parameter on a mesh."""
+        sharding = NamedSharding(mesh, partition(parameter.spec(dict(mesh.shape))))
+        indices = sharding.addressable_devices_indices_map(parameter.shape)
+        bounds = {
+            device: tuple(
+                part.indices(size)[:2]
+                for part, size in zip(index or (), parameter.shape, strict=True)
+            )
+            for device, index in indices.items()
+        }
+        return cls(parameter, sharding, bounds)
+
+
+@runtime_checkable
+class Placer(Protocol):
+    """A way to bring a plan's bytes into device memory."""
+
+    def place(
+        self, plan: Plan[Piece], reader: Reader, mesh: Mesh, monitor: LoadMonitor
+    ) -> dict[str, jax.Array]:
+        """Loads every parameter of a plan, each device its own part only.
+
+        Args:
+            plan: What to load.
+            reader: Where the files are.
+            mesh: The device mesh, axes Auto.
+            monitor: Told of the bytes of the stage `place`.
+
+        Returns:
+            The parameters by name, sharded as the plan says.
+
+        Raises:
+            ModelError: CHECKPOINT_CORRUPT; LOAD_CANCELLED.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ArenaPlacer:
+    """For CPU devices: files are read into memory that becomes the devices' without a copy.
+
+    Attributes:
+        arena: Where the memory comes from.
+    """
+
+    arena: Arena
+
+    def place(
+        self, plan: Plan[Piece], reader: Reader, mesh: Mesh, monitor: LoadMonitor
+    ) -> dict[str, jax.Array]:
+        """Allocates everything, then reads band by band in the order of the files."""
+        layouts = [Layout.of(parameter, mesh) for parameter in plan.parameters]
+        parts = [self._allocate(layout) for layout in layouts]
+        jobs = [
+            (band, own)
+            for layout, own in zip(layouts, parts, strict=True)
+            for band in bands(layout.parameter.pieces, own)
+        ]
+        jobs.sort(key=lambda job: (job[0].tensor.file, job[0].offset))
+
+        def run(job: tuple[Band, dict[Bounds, np.ndarray]]) -> None:
+            monitor.check()
+            fill(*job, reader)
+            monitor.advance("place", job[0].nbytes)
+
+        with ThreadPoolExecutor(READ_THREADS, "place") as pool:
+            for _ in pool.map(run, jobs):
+                pass
+        return {
+            layout.parameter.name: _alias(layout, own)
+            for layout, own in zip(layouts, parts, strict=True)
+        }
+
+    def _allocate(self, layout: Layout) -> dict[Bounds, np.ndarray]:
+        dtype = numpy_dtype(layout.parameter.dtype)
+        parts = {}
+        for bounds in set(layout.bounds.values()):
+            shape = [stop - start for start, stop in bounds]
+            size = int(np.prod(shape)) * dtype.itemsize
+            parts[bounds] = self.arena.allocate(size).view(dtype).reshape(shape)
+        return parts
+
+
+def _alias(layout: Layout, parts: dict[Bounds, np.ndarray]) -> jax.Array:
+    """Makes the devices' array of host memory; it is read-only from here on."""
+    for part in parts.values():
+        part.flags.writeable = False
+    devices = layout.bounds
+    arrays = [jax.device_put(parts[bounds], device) for device, bounds in devices.items()]
+    shape = layout.parameter.shape
+    return jax.make_array_from_single_device_arrays(shape, layout.sharding, arrays)
 
 
 def place(
-    plan: Plan[Piece], folder: Path, mesh: Mesh, monitor: LoadMonitor
+    plan: Plan[Piece], reader: Reader, mesh: Mesh, monitor: LoadMonitor, placer: Placer
 ) -> dict[str, jax.Array]:
-    """Loads every parameter of a plan, each device reading its own part only.
+    """Loads every parameter of a plan, and checks what must be equal.
 
     Args:
         plan: What to load.
-        folder: Where the plan's files are.
+        reader: Where the files are.
         mesh: The device mesh, axes Auto.
         monitor: Told of the bytes of the stage `place`.
+        placer: How they come into device memory.
 
     Returns:
         The parameters by name, sharded as the plan says.
@@ -47,151 +152,33 @@ def place(
             CHECKPOINT_MISMATCH if a stored tied head differs from the embedding; LOAD_CANCELLED.
     """
     pieces = [piece for parameter in plan.parameters for piece in parameter.pieces]
-    monitor.expect("place", sum(piece.tensor.nbytes for piece in pieces))
-    with _Files(folder) as files, ThreadPoolExecutor(_THREADS, "place") as pool:
-        params = {}
-        for parameter in plan.parameters:
-            params[parameter.name] = _place_one(parameter, files, mesh, pool, monitor)
-        for tensor, name in plan.duplicates:
-            source = next(p for p in plan.parameters if p.name == name).pieces[0].tensor
-            _check_equal(tensor, source, files, monitor)
-        return params
+    compared = [(tensor, _first(plan, name)) for tensor, name in plan.duplicates]
+    total = sum(piece.tensor.nbytes for piece in pieces)
+    monitor.expect("place", total + 2 * sum(tensor.nbytes for tensor, _ in compared))
+    params = placer.place(plan, reader, mesh, monitor)
+    for pair in compared:
+        _check_equal(*pair, reader, monitor)
+    return params
 
 
-class _Files:
-    """The open files of one load."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def read(self, name: str, offset: int, target: np.ndarray) -> None:
-        """Fills a contiguous array of bytes from a file."""
-        view, done = memoryview(target.data).cast("B"), 0
-        try:
-            while done < len(view):
-                count = os.preadv(self._descriptor(name), [view[done:]], offset + done)
-                if count == 0:
-                    raise _corrupt(f"{name} ends before its tensors do")
-                done += count
-        except OSError as error:
-            raise _corrupt(f"{name} cannot be read: {error.strerror}") from error
-
-    def _descriptor(self, name: str) -> int:
-        with self._lock:
-            if name not in self._open:
-                self._open[name] = os.open(self._folder / name, os.O_RDONLY)
-            return self._open[name]
-
-
-@dataclass(frozen=True)
-class _Band:
-    """Rows `start .. stop` of one stored tensor, whose bytes lie in one run."""
-
-    tensor: StoredTensor
-    index: tuple[int, ...]
-    start: int
-    stop: int
-
-
-def _place_one(
-    parameter: PlannedParameter[Piece],
-    files: _Files,
-    mesh: Mesh,
-    pool: ThreadPoolExecutor,
-    monitor: LoadMonitor,
-) -> jax.Array:
-    spec = partition(parameter.spec(dict(mesh.shape)))
-    sharding = NamedSharding(mesh, spec)
-    indices = sharding.addressable_devices_indices_map(parameter.shape)
-    bounds = {d: _bounds(index or (), parameter.shape) for d, index in indices.items()}
-    dtype = numpy_dtype(parameter.dtype)
-    shards = {b: np.empty([stop - start for start, stop in b], dtype) for b in bounds.values()}
-
-    def fill(band: _Band) -> None:
-        monitor.check()
-        monitor.advance("place", _fill(band, shards, files))
-
-    for _ in pool.map(fill, _bands(parameter, list(shards))):
-        pass
-    arrays = [jax.device_put(shards[bounds[device]], device) for device in indices]
-    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, arrays)
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-
-
-def _bands(parameter: PlannedParameter[Piece], shards: list[Bounds]) -> Iterator[_Band]:
-    """Bands of rows in the order of the files; rows that no shard here holds are left out."""
-    for piece in sorted(parameter.pieces, key=lambda p: (p.tensor.file, p.tensor.offset)):
-        tensor, axis = piece.tensor, len(piece.index)
-        ranges = {b[axis] for b in shards if _holds(b, piece.index)}
-        row_bytes = math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
-        step = max(1, _BAND_BYTES // max(1, row_bytes))
-        for start, stop in sorted(ranges):
-            for row in range(start, stop, step):
-                yield _Band(tensor, piece.index, row, min(row + step, stop))
-
-
-def _holds(bounds: Bounds, index: tuple[int, ...]) -> bool:
-    return all(start <= i < stop for (start, stop), i in zip(bounds, index, strict=False))
-
-
-def _fill(band: _Band, shards: dict[Bounds, np.ndarray], files: _Files) -> int:
-    """Reads a band once and copies it to every shard that holds some of it."""
-    tensor, axis = band.tensor, len(band.index)
-    row_bytes = math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
-    offset = tensor.offset + band.start * row_bytes
-    targets = []
-    for bounds, shard in shards.items():
-        first, last = bounds[axis]
-        if _holds(bounds, band.index) and first <= band.start and band.stop <= last:
-            place = tuple(i - start for i, (start, _) in zip(band.index, bounds, strict=False))
-            columns = tuple(slice(*pair) for pair in bounds[axis + 1 :])
-            targets.append((shard[place][band.start - first : band.stop - first], columns))
-    stored = numpy_dtype(tensor.dtype)
-    whole = (band.stop - band.start, *tensor.shape[1:])
-    if len(targets) == 1 and targets[0][0].shape == whole and targets[0][0].dtype == stored:
-        files.read(tensor.file, offset, _as_bytes(targets[0][0]))
-    else:
-        rows = np.empty(whole, stored)
-        files.read(tensor.file, offset, _as_bytes(rows))
-        for target, columns in targets:
-            target[...] = rows[(slice(None), *columns)].astype(target.dtype, copy=False)
-    return math.prod(whole) * stored.itemsize
-
-
-def _as_bytes(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint8).reshape(-1)
+def _first(plan: Plan[Piece], name: str) -> StoredTensor:
+    return next(p for p in plan.parameters if p.name == name).pieces[0].tensor
 
 
 def _check_equal(
-    one: StoredTensor, other: StoredTensor, files: _Files, monitor: LoadMonitor
+    one: StoredTensor, other: StoredTensor, reader: Reader, monitor: LoadMonitor
 ) -> None:
-    """Compares two stored tensors byte by byte, a band at a time."""
+    """Compares two stored tensors byte by byte, a read at a time."""
     equal = one.shape == other.shape and one.dtype == other.dtype
-    for start in range(0, one.nbytes if equal else 0, _BAND_BYTES):
-        monitor.check()
-        size = min(_BAND_BYTES, one.nbytes - start)
-        bands = np.empty((2, size), np.uint8)
-        for band, tensor in zip(bands, (one, other), strict=True):
-            files.read(tensor.file, tensor.offset + start, band)
-        equal = equal and bool(np.array_equal(bands[0], bands[1]))
+    for start in range(0, one.nbytes if equal else 0, READ_BYTES):
+        size = min(READ_BYTES, one.nbytes - start)
+        first = np.empty(size, np.uint8)
+        reader.read(one.file, one.offset + start, first)
+        second = reader.lend(other.file, other.offset + start, size)
+        equal = equal and bool(np.array_equal(first, second))
+        monitor.advance("place", 2 * size)
     if not equal:
         raise ModelError(
             Reason.CHECKPOINT_MISMATCH,
             f"the config ties the head to the embedding, but {one.name} differs from {other.name}",
         )
-
-
-def _corrupt(message: str) -> ModelError:
-    return ModelError(Reason.CHECKPOINT_CORRUPT, message)

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from moorage_models.errors import ModelError, Reason
+from moorage_models.sources.gcs import open_bucket
 from moorage_models.sources.huggingface import open_hub
 from moorage_models.sources.internal import open_directory
+from moorage_models.sources.kaggle import open_kaggle
 from moorage_models.sources.source import ModelRequest, ModelSource, Policy, Repository
+
+
+def _open_maxtext(request: ModelRequest, policy: Policy) -> Repository:
+    """A MaxText checkpoint lies in a bucket or in a directory."""
+    in_bucket = request.model_path.startswith("gs://")
+    return open_bucket(request, policy) if in_bucket else open_directory(request, policy)
+
 
 SOURCES: Mapping[ModelSource, Callable[[ModelRequest, Policy], Repository]] = {
     ModelSource.HUGGINGFACE: open_hub,
+    ModelSource.KAGGLE: open_kaggle,
+    ModelSource.GCS: open_bucket,
     ModelSource.INTERNAL: open_directory,
-    ModelSource.MAXTEXT: open_directory,
+    ModelSource.MAXTEXT: _open_maxtext,
 }
 
 

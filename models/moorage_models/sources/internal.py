@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
-from moorage_models.sources.source import ModelRequest, Policy, companions
+from moorage_models.sources.source import ModelRequest, Policy, companions, ignore
 
 _COPY_BYTES = 16 << 20
 _MAX_FILES = 20_000
@@ -56,24 +56,35 @@ class Directory:
                 Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}"
             ) from error
 
-    def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
-        """The folder itself, or the one that the files were copied to."""
-        if self.copy_to is None:
-            return self.folder
-        names = sorted({*names, *companions(self.files)})
-        monitor.expect("fetch", sum(self.files[name] for name in names))
+    @property
+    def destination(self) -> Path:
+        """The directory itself, or the one that files are copied to."""
+        return self.copy_to or self.folder
+
+    def fetch(
+        self, names: Sequence[str], monitor: LoadMonitor, arrived: Callable[[str], None] = ignore
+    ) -> Path:
+        """Copies files, if they are not read in place."""
+        if self.copy_to is not None:
+            names = sorted({*names, *companions(self.files)})
+            monitor.expect("fetch", sum(self.files[name] for name in names))
+        for name in names:
+            if self.copy_to is not None:
+                self._copy(name, self.copy_to / name, monitor)
+            arrived(name)
+        return self.destination
+
+    def _copy(self, name: str, target: Path, monitor: LoadMonitor) -> None:
         try:
-            for name in names:
-                (self.copy_to / name).parent.mkdir(parents=True, exist_ok=True)
-                for size in _copy(self.folder / name, self.copy_to / name):
-                    monitor.advance("fetch", size)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for size in _copy(self.folder / name, target):
+                monitor.advance("fetch", size)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise ModelError(
                 Reason.DISK_FULL if full else Reason.SOURCE_UNAVAILABLE,
                 f"cannot copy {self.label!r} to the download path: {error.strerror}",
             ) from error
-        return self.copy_to
 
 
 def open_directory(request: ModelRequest, policy: Policy) -> Directory:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from moorage_models.sources.digests import verify
 from moorage_models.sources.failures import Failures, persist
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, Records, RemoteFile
-from moorage_models.sources.source import companions
+from moorage_models.sources.source import companions, ignore
 
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _PARALLEL_FILES = 4
@@ -124,13 +124,17 @@ class RemoteRepository:
             self.heads[name] = head + content
         return content
 
-    def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
+    @property
+    def destination(self) -> Path:
+        """The folder of the revision."""
+        return self.folder
+
+    def fetch(
+        self, names: Sequence[str], monitor: LoadMonitor, arrived: Callable[[str], None] = ignore
+    ) -> Path:
         """Downloads files and their companions, several at a time, and verifies them once.
 
         One process downloads; the others wait for it, and find the files there.
-
-        Returns:
-            The folder that holds them.
 
         Raises:
             ModelError: SOURCE_UNAVAILABLE or SOURCE_AUTH_REQUIRED as the hub answers; DISK_FULL;
@@ -140,12 +144,14 @@ class RemoteRepository:
         monitor.expect("fetch", sum(file.size for file in wanted.values()))
         if all(self._is_here(name) for name in wanted):
             monitor.advance("fetch", sum(file.size for file in wanted.values()))
+            for name in wanted:
+                arrived(name)
             return self.folder
-        with self._alone(monitor):
+        with self._alone(monitor) as downloads:
             if held := self.records.recorded(self.revision, self.folder):  # by another, meanwhile
                 wanted |= {name: held.files[name] for name in wanted if name in held.files}
             self._require_space(wanted)
-            wanted = self._bring_all(wanted, monitor)
+            wanted = self._bring_all(wanted, monitor, arrived, downloads)
             files = {**self.held.files, **wanted}
             self.records.record(self.asked, self.revision, files, self.heads)
         return self.folder
@@ -154,30 +160,49 @@ class RemoteRepository:
         return self.held.files[name].verified_ns > 0 and name in self.held.paths
 
     @contextmanager
-    def _alone(self, monitor: LoadMonitor) -> Iterator[None]:
-        """Holds the checkpoint's lock, which ends with the process that holds it."""
+    def _alone(self, monitor: LoadMonitor) -> Iterator[list[Future[RemoteFile]]]:
+        """Holds the checkpoint's lock, which ends with the process that holds it.
+
+        Yields:
+            A list for the downloads, the last of which frees the lock: one that was given up may
+            still write for a while.
+        """
+        downloads: list[Future[RemoteFile]] = []
+        lock = self._lock(monitor)
+        try:
+            if lock:
+                self.hub.sweep()
+            yield downloads
+        finally:
+            if lock and all(download.done() for download in downloads):
+                lock.release()
+            elif lock:
+                threading.Thread(target=_release, args=(lock, downloads), daemon=True).start()
+
+    def _lock(self, monitor: LoadMonitor) -> FileLock | None:
+        """Waits for the lock; None for a cache that cannot be written, which needs none."""
         path = self.records.home / "moorage" / "lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
-            while True:
-                monitor.check()
-                try:
-                    lock.acquire(timeout=_POLL_SECONDS)
-                    break
-                except Timeout:
-                    continue
-        except OSError:  # a cache that cannot be written has no second writer
-            yield
-            return
-        try:
-            self.hub.sweep()
-            yield
-        finally:
-            lock.release()
+            lock = FileLock(path, thread_local=False)
+        except OSError:
+            return None
+        while True:
+            monitor.check()
+            try:
+                lock.acquire(timeout=_POLL_SECONDS)
+            except Timeout:
+                continue
+            except OSError:
+                return None
+            return lock
 
     def _bring_all(
-        self, wanted: Mapping[str, RemoteFile], monitor: LoadMonitor
+        self,
+        wanted: Mapping[str, RemoteFile],
+        monitor: LoadMonitor,
+        arrived: Callable[[str], None],
+        downloads: list[Future[RemoteFile]],
     ) -> dict[str, RemoteFile]:
         over = threading.Event()
         pool = ThreadPoolExecutor(_PARALLEL_FILES, "fetch")
@@ -187,11 +212,14 @@ class RemoteRepository:
                 pool.submit(self._bring, name, file, FileProgress(monitor, over, file.size)): name
                 for name, file in wanted.items()
             }
+            downloads += futures
             pending = set(futures)
             while pending:
-                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
                 monitor.check()
-                brought.update({futures[future]: future.result() for future in done})
+                for future in done:
+                    brought[futures[future]] = future.result()
+                    arrived(futures[future])
         except BaseException:
             over.set()
             self.hub.abort()
@@ -236,3 +264,8 @@ class RemoteRepository:
                 f"{needed} bytes are to be fetched, but {free} are free where they would go: free "
                 f"some, or set {setting} or model_download_path to another disk",
             )
+
+
+def _release(lock: FileLock, downloads: Sequence[Future[RemoteFile]]) -> None:
+    wait([download for download in downloads if not download.cancelled()])
+    lock.release()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatch, fnmatchcase
@@ -95,6 +96,10 @@ class Policy:
             )
 
 
+def ignore(_: str) -> None:
+    """For who does not wait for single files."""
+
+
 @runtime_checkable
 class Repository(Protocol):
     """One checkpoint's files at one revision: sizes and ranges first, whole files on demand."""
@@ -128,17 +133,31 @@ class Repository(Protocol):
         """The bytes `start .. stop` of a file, without fetching the rest where that is possible."""
         ...
 
-    def fetch(self, names: Sequence[str], monitor: LoadMonitor) -> Path:
-        """Brings whole files to this machine and returns the folder that holds them.
+    @property
+    def destination(self) -> Path:
+        """The folder that `fetch` puts the files into."""
+        ...
+
+    def fetch(
+        self, names: Sequence[str], monitor: LoadMonitor, arrived: Callable[[str], None] = ignore
+    ) -> Path:
+        """Brings whole files to this machine, and returns the folder they are in.
 
         Args:
             names: The files.
             monitor: Told of the bytes of the stage `fetch`.
+            arrived: Told of each file that is there and verified.
 
         Raises:
             ModelError: SOURCE_UNAVAILABLE, DISK_FULL, SOURCE_AUTH_REQUIRED, or LOAD_CANCELLED.
         """
         ...
+
+
+def cache_folder() -> Path:
+    """Where files go that no hub's client has a cache for."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MOORAGE_CACHE") or user / "moorage")
 
 
 def companions(names: Iterable[str]) -> list[str]:

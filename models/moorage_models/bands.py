@@ -1,0 +1,119 @@
+"""Cuts a load into reads, and fills what several devices hold of a tensor from one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moorage_models.dtypes import ITEM_BYTES, numpy_dtype
+from moorage_models.headers import StoredTensor
+from moorage_models.plan import Piece
+from moorage_models.reading import READ_BYTES, Reader
+
+#: A part of a parameter, one (start, stop) an axis.
+Bounds = tuple[tuple[int, int], ...]
+
+#: Host arrays by the parts of a parameter that they are for.
+Parts = Mapping[Bounds, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of one stored tensor, whose bytes lie in one run.
+
+    Attributes:
+        tensor: The tensor.
+        index: Its place on its parameter's leading axes.
+        start: The first row.
+        stop: The row after the last.
+    """
+
+    tensor: StoredTensor
+    index: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def offset(self) -> int:
+        """Where in the file it begins."""
+        return self.tensor.offset + self.start * _row_bytes(self.tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return (self.stop - self.start) * _row_bytes(self.tensor)
+
+
+def bands(pieces: Iterable[Piece], parts: Iterable[Bounds]) -> Iterator[Band]:
+    """The reads that fill some parts of a parameter; rows that no part holds are left out.
+
+    Args:
+        pieces: The parameter's tensors.
+        parts: The parts. On a piece's first own axis they are disjoint or the same.
+    """
+    parts = list(parts)
+    for piece in pieces:
+        tensor, axis = piece.tensor, len(piece.index)
+        ranges = {part[axis] for part in parts if holds(part, piece.index)}
+        step = max(1, READ_BYTES // max(1, _row_bytes(tensor)))
+        for start, stop in sorted(ranges):
+            for row in range(start, stop, step):
+                yield Band(tensor, piece.index, row, min(row + step, stop))
+
+
+def fill(band: Band, parts: Parts, reader: Reader) -> None:
+    """Reads a band once, and copies it to every part that holds some of it.
+
+    Args:
+        band: What to read.
+        parts: The parts of the band's parameter, in the parameter's dtype.
+        reader: The files.
+    """
+    tensor, targets = band.tensor, list(_targets(band, parts))
+    stored, whole = numpy_dtype(tensor.dtype), (band.stop - band.start, *tensor.shape[1:])
+    as_stored = all(target.dtype == stored for target, _ in targets)
+    if as_stored and targets[0][0].shape == whole and len(targets) == 1:
+        reader.read(tensor.file, band.offset, _as_bytes(targets[0][0]))
+        return
+    if as_stored and _tile([columns for _, columns in targets], whole):
+        columns = [target.view(np.uint8) for target, _ in targets]
+        reader.scatter(tensor.file, band.offset, columns)
+        return
+    rows = reader.lend(tensor.file, band.offset, band.nbytes).view(stored).reshape(whole)
+    for target, where in targets:
+        target[...] = rows[(slice(None), *where)].astype(target.dtype, copy=False)
+
+
+def _tile(columns: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> bool:
+    """Whether ranges of columns, in order, make up whole rows of a matrix."""
+    if len(shape) != 2:
+        return False
+    edges = [edge for (part,) in columns for edge in (part.start, part.stop)]
+    return edges[::2] == [0, *edges[1:-1:2]] and edges[-1] == shape[1]
+
+
+def _targets(band: Band, parts: Parts) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
+    """What each part holds of a band: its rows of the part, and which columns they are."""
+    axis = len(band.index)
+    for bounds, array in sorted(parts.items()):
+        first, last = bounds[axis]
+        if holds(bounds, band.index) and first <= band.start and band.stop <= last:
+            place = tuple(i - start for i, (start, _) in zip(band.index, bounds, strict=False))
+            columns = tuple(slice(*pair) for pair in bounds[axis + 1 :])
+            yield array[place][band.start - first : band.stop - first], columns
+
+
+def holds(bounds: Bounds, index: Sequence[int]) -> bool:
+    """Whether a part of a parameter has some of the piece at `index`."""
+    return all(start <= i < stop for (start, stop), i in zip(bounds, index, strict=False))
+
+
+def _row_bytes(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
