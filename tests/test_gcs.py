@@ -305,7 +305,6 @@ FAULTS = [
     ({"status": 429}, Reason.SOURCE_UNAVAILABLE, "429: try later"),
     ({"status": 500}, Reason.SOURCE_UNAVAILABLE, "500: try later"),
     ({"status": 503}, Reason.SOURCE_UNAVAILABLE, "503: try later"),
-    ({"status": 401}, Reason.SOURCE_AUTH_REQUIRED, "roles/storage.objectViewer"),
     ({"status": 403}, Reason.SOURCE_AUTH_REQUIRED, "roles/storage.objectViewer"),
     ({"status": 400}, Reason.CHECKPOINT_NOT_FOUND, "check the bucket"),
 ]
@@ -379,6 +378,18 @@ def test_an_object_that_is_damaged_on_the_way_is_corrupt_and_fetched_again(
 
 
 # Credentials
+
+
+def test_a_bucket_that_is_not_public_needs_a_credential(
+    gcs: Gcs, pushed: str, files: dict[str, bytes]
+) -> None:
+    gcs.faults.append(Fault("LIST *", status=401))
+    error = refusal(pushed)
+    assert error.reason is Reason.SOURCE_AUTH_REQUIRED
+    assert "not public" in error.message
+    assert "roles/storage.objectViewer" in error.message
+    gcs.faults.clear()
+    assert contents(fetch(open_it(pushed))) == files
 
 
 @pytest.mark.parametrize(

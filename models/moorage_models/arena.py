@@ -81,6 +81,7 @@ class Arena:
             start = -whole.ctypes.data % _ALIGNMENT
             return whole[start : start + nbytes]
         size = -(-nbytes // _PAGE) * _PAGE
+        self._collect()
         with self._lock:
             address = self._take(size)
         address = address or _map(size)

@@ -142,10 +142,15 @@ def load(
     return params, folder
 
 
-def placer_for(mesh: Mesh) -> Placer:
-    """How bytes come onto a mesh's kind of devices, with no memory kept for models to come."""
+def placer_for(mesh: Mesh, kept_bytes: int = 0) -> Placer:
+    """How bytes come onto a mesh's kind of devices.
+
+    Args:
+        mesh: The device mesh.
+        kept_bytes: For CPU devices, how much memory of models that are gone is kept for others.
+    """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return ArenaPlacer(Arena()) if on_cpu else RingPlacer()
+    return ArenaPlacer(Arena(kept_bytes)) if on_cpu else RingPlacer()
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:

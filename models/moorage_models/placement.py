@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ class Layout:
 
     parameter: PlannedParameter[Piece]
     sharding: NamedSharding
-    bounds: dict[jax.Device, Bounds]
+    bounds: dict[Any, Bounds]
 
     @classmethod
     def of(cls, parameter: PlannedParameter[Piece], mesh: Mesh) -> Layout:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class _Chunk:
     layout: Layout
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    bounds: dict[jax.Device, Bounds]
+    bounds: dict[Any, Bounds]
     pieces: tuple[Piece, ...]
 
     @property
@@ -139,7 +140,9 @@ class _Filling:
         ways = zip(stack.shape, sharding.shard_shape(stack.shape), chunk.shape, strict=True)
         shape = tuple(whole // shard * size for whole, shard, size in ways)
         update = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-        return _write(stack, update, np.array(chunk.start, np.int32), sharding)
+        start = np.array(chunk.start, np.int32)
+        written: tuple[jax.Array, jax.Array] = _write(stack, update, start, sharding)
+        return written
 
 
 def _wait(reads: list[Future[None]]) -> None:

@@ -15,7 +15,12 @@ from typing import Any
 import google.auth
 from google.api_core import exceptions
 from google.auth.credentials import AnonymousCredentials, Credentials
-from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
+from google.auth.exceptions import (
+    DefaultCredentialsError,
+    InvalidOperation,
+    RefreshError,
+    TransportError,
+)
 from google.cloud import storage
 
 from moorage_models.errors import ModelError, Reason
@@ -50,6 +55,11 @@ FAILURES = Failures(
             exceptions.NotFound,
             Reason.CHECKPOINT_NOT_FOUND,
             "there is no such bucket: check the path",
+        ),
+        (
+            InvalidOperation,  # what the client makes of a 401 if it has none to renew
+            Reason.SOURCE_AUTH_REQUIRED,
+            f"it is not public, and the server has no Google credential: {_ACCESS}",
         ),
         (
             DefaultCredentialsError,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from moorage_models.automodel import load
+from moorage_models.automodel import load, placer_for
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
@@ -24,6 +24,9 @@ from moorage_server.engine.programs import Programs, compile_programs
 
 #: Sets of programs that are kept for models to come; every compile leaks some kilobytes for good.
 _KEPT_PROGRAMS = 8
+
+#: Of the host's memory, what models on CPU devices leave behind is kept up to one part in so many.
+_KEPT_FRACTION = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class LocalEngine:
         self._lock = threading.Lock()
         devices = tuple(Device(d.id, d.device_kind) for d in mesh.devices.flat)
         platform = str(mesh.devices.flat[0].platform)
+        self._placer = placer_for(mesh, _host_bytes() // _KEPT_FRACTION)
         self._info = EngineInfo(platform, devices, dict(mesh.shape), self._buckets)
 
     def info(self) -> EngineInfo:
@@ -54,7 +58,7 @@ class LocalEngine:
         with ThreadPoolExecutor(1, "programs") as pool:
             programs = pool.submit(self._compile, checkpoint, monitor)
             try:
-                params, _ = load(checkpoint, self._mesh, monitor)
+                params, _ = load(checkpoint, self._mesh, monitor, self._placer)
                 self._models[handle] = _Loaded(params, programs.result())
             except BaseException:
                 monitor.cancel()
@@ -135,3 +139,7 @@ def _device_bytes(params: dict[str, jax.Array]) -> dict[int, int]:
         for shard in array.addressable_shards:
             totals[shard.device.id] = totals.get(shard.device.id, 0) + shard.data.nbytes
     return totals
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
