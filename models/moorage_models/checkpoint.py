@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moorage_models.config import ModelConfig
@@ -10,9 +10,10 @@ from moorage_models.dtypes import check_dtype
 from moorage_models.errors import ModelError
 from moorage_models.headers import read_headers, read_json
 from moorage_models.hf_config import read_config
+from moorage_models.monitor import LoadMonitor
 from moorage_models.naming import ModelNaming, preset_for
-from moorage_models.orbax_plan import find_orbax, open_tree
-from moorage_models.plan import Plan, make_plan
+from moorage_models.orbax_plan import find_orbax, open_tree, tree_files
+from moorage_models.plan import Plan, make_plan, preset_plan
 from moorage_models.sources import ModelRequest, Policy, Repository, open_repository
 from moorage_models.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 
@@ -48,14 +49,23 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    request: ModelRequest, policy: Policy | None = None, config: ModelConfig | None = None
+    request: ModelRequest,
+    policy: Policy | None = None,
+    config: ModelConfig | None = None,
+    *,
+    fetch_tree: bool = True,
 ) -> Checkpoint:
     """Looks into a source and plans a load, from metadata and headers alone.
+
+    An Orbax tree on a hub is the exception: its shapes lie among its weights, so it is fetched,
+    once its id is known to have a configuration.
 
     Args:
         request: What is wanted.
         policy: What may be read; None allows everything.
         config: Overrides the checkpoint's own configuration.
+        fetch_tree: Whether an Orbax tree may be fetched; if not, its plan is that of the
+            configuration.
 
     Raises:
         ModelError: Whatever stands in the way of a load, with the reason.
@@ -72,8 +82,14 @@ def open_checkpoint(
     tensors = read_headers(repository) if orbax is None else {}
     if config is None:
         config = preset_for(ModelNaming(model_id=request.model_id).model_config_id)
+    if orbax is not None and repository.local is None and fetch_tree:
+        repository.fetch(tree_files(repository, orbax), LoadMonitor())
+        pinned = replace(request, revision=repository.revision)
+        repository = open_repository(pinned, policy or Policy())
     plan: Plan[Any]
-    if orbax is None:
+    if orbax is not None and repository.local is None:
+        plan = preset_plan(config, request.dtype)
+    elif orbax is None:
         plan = make_plan(config, tensors, request.dtype)
     else:
         plan = open_tree(repository, orbax, config, naming, request)

@@ -66,18 +66,13 @@ def open_tree(
     naming: ModelNaming | None,
     request: ModelRequest,
 ) -> Plan[ArrayPiece]:
-    """Plans the load of an Orbax checkpoint, told by looking: Flax or MaxText.
+    """Plans the load of an Orbax checkpoint on this machine, told by looking: Flax or MaxText.
 
     Raises:
         ModelError: CHECKPOINT_UNSUPPORTED if the family has no such layout; INVALID_REQUEST if the
             checkpoint does not tell enough; CHECKPOINT_CORRUPT; CHECKPOINT_MISMATCH.
     """
-    if repository.local is None:
-        raise ModelError(
-            Reason.CHECKPOINT_UNSUPPORTED,
-            f"{repository.label} holds an Orbax checkpoint, which this source cannot read; "
-            "download it and load the directory",
-        )
+    assert repository.local is not None
     tree = read_tree(repository.local / folder, repository.label)
     options = dict(request.options)
     if unknown := sorted(set(options) - set(maxtext.OPTIONS)):
@@ -96,8 +91,13 @@ def open_tree(
     table = tree.get(layout.rows["embed"][0].key)
     if table and table.shape[0] < config.vocab_size:
         config = replace(config, vocab_size=table.shape[0])  # stored without its padding rows
-    names = tuple(n for n in repository.files if folder == "." or n.startswith(f"{folder}/"))
-    return replace(plan_tree(config, tree, layout, request.dtype), files=names)
+    files = tree_files(repository, folder)
+    return replace(plan_tree(config, tree, layout, request.dtype), files=files)
+
+
+def tree_files(repository: Repository, folder: str) -> tuple[str, ...]:
+    """The files of the Orbax checkpoint in a folder of a repository."""
+    return tuple(n for n in repository.files if folder == "." or n.startswith(f"{folder}/"))
 
 
 def plan_tree(

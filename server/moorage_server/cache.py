@@ -107,6 +107,14 @@ class ModelCache:
         self._load_threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
         self.device_thread = ThreadPoolExecutor(1, "device")
 
+    async def look(self, request: ModelRequest) -> Checkpoint:
+        """Looks into the source, and fetches nothing.
+
+        Raises:
+            ModelError: Whatever stands in the way of a load.
+        """
+        return await asyncio.to_thread(open_checkpoint, request, self._policy, fetch_tree=False)
+
     async def resolve(self, request: ModelRequest) -> Checkpoint:
         """Looks into the source; callers that ask the same at the same time share one look.
 

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := [str(root) for root in args.root if not root.is_dir()]:
         print(f"moorage serve: --root {missing[0]} is not a directory", file=sys.stderr)
         return 1
-    policy = Policy(roots=tuple(root.resolve() for root in args.root))
+    places = tuple(args.allow) if args.allow else None
+    policy = Policy(roots=tuple(root.resolve() for root in args.root), places=places)
     return asyncio.run(_serve(args.listen, engine, policy))
 
 
@@ -130,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="DIR",
         help="a directory that models may be loaded from; may be repeated",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="what may be loaded from hubs and buckets, as huggingface:google/*, "
+        "kaggle:google/gemma/* or gcs:bucket/models/*; may be repeated; default: anything",
     )
     parser.add_argument(
         "--buckets",

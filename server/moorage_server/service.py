@@ -48,7 +48,7 @@ class NamingService(pb_grpc.NamingServiceServicer):
         preset = _preset(request.model.model_id)
         if request.check_source or (request.estimate and preset is None):
             try:
-                checkpoint = await self._cache.resolve(wanted)
+                checkpoint = await self._cache.look(wanted)
             except ModelError as error:
                 return _refused(request.model.model_id, error)
             response, plan = convert.loadable(checkpoint), checkpoint.plan

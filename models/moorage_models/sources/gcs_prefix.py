@@ -195,7 +195,6 @@ class Prefix:
         except _CHANGED as error:
             raise _changed(name) from error
         except Exception:
-            advance(-arriving.tell())
             raise
         if blob.generation != generation:
             raise _changed(name)
