@@ -132,7 +132,6 @@ class Prefix:
             prefix=f"{self.name}/",
             max_results=_MAX_OBJECTS + 1,
             fields="items(name,size,crc32c,generation),nextPageToken",
-            timeout=_TIMEOUT,
             retry=None,
         )
         listed = {blob.name[len(self.name) + 1 :]: blob for blob in blobs}
@@ -195,6 +194,7 @@ class Prefix:
         except _CHANGED as error:
             raise _changed(name) from error
         except Exception:
+            advance(-arriving.tell())
             raise
         if blob.generation != generation:
             raise _changed(name)
