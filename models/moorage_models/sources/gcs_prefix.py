@@ -154,7 +154,7 @@ class Prefix:
         """A digest of the objects' names, generations and sizes."""
         digest = hashlib.sha256(f"{self.key}\n".encode())
         for name, found in sorted(objects.items()):
-            digest.update(f"{name}\0\0{found.file.size}\n".encode())
+            digest.update(f"{name}\0{found.generation}\0{found.file.size}\n".encode())
         return digest.hexdigest()[:16]
 
     def download(
