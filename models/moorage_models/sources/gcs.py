@@ -173,6 +173,7 @@ def open_bucket(request: ModelRequest, policy: Policy) -> RemoteRepository:
 def _result(piece: Future[bytes], progress: FileProgress) -> bytes:
     """Waits for a piece as long as the load goes on: one that stalls is left to its thread."""
     while not piece.done():
+        progress.check()
         wait([piece], _POLL_SECONDS)
     return piece.result()
 
