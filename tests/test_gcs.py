@@ -43,7 +43,6 @@ def gcs(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     for name in [name for name in os.environ if name.startswith(("GOOGLE_", "XDG_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MOORAGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(source, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(source, "_PIECE_BYTES", 10_000)
     monkeypatch.setattr(source, "_PIECE_PAUSES", ())  # else it would hide whose attempt it is

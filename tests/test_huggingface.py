@@ -32,7 +32,6 @@ from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 from moorage_models.sources import ModelRequest, ModelSource, Policy, remote
-from moorage_models.sources import huggingface as source
 from moorage_models.sources.progress import FileProgress
 
 ID = "org/Model-1b"
@@ -75,7 +74,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
         monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-        monkeypatch.setattr(source, "PAUSES", (0.0, 0.0, 0.0))
         monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
         yield hub
         huggingface_hub.close_session()

@@ -72,7 +72,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kaggle]:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kaggle, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(kaggle, "_PIECE_BYTES", 1 << 12)
     with Kaggle() as hub:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moorage_models.arena import Arena
 from moorage_models.dtypes import ITEM_BYTES, numpy_dtype
 from moorage_models.headers import StoredTensor
+from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Piece
 from moorage_models.reading import READ_BYTES, Reader
 
@@ -64,14 +66,34 @@ def bands(pieces: Iterable[Piece], parts: Iterable[Bounds]) -> Iterator[Band]:
                 yield Band(tensor, piece.index, row, min(row + step, stop))
 
 
-def fill(band: Band, parts: Parts, reader: Reader) -> None:
+def allocate(arena: Arena, parts: Iterable[Bounds], dtype: str) -> dict[Bounds, np.ndarray]:
+    """Host memory for parts of a parameter, each once, in the parameter's dtype."""
+    kind = numpy_dtype(dtype)
+    arrays = {}
+    for part in set(parts):
+        shape = [stop - start for start, stop in part]
+        arrays[part] = arena.allocate(math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
+    return arrays
+
+
+def fill(band: Band, parts: Parts, reader: Reader, monitor: LoadMonitor) -> None:
     """Reads a band once, and copies it to every part that holds some of it.
 
     Args:
         band: What to read.
         parts: The parts of the band's parameter, in the parameter's dtype.
         reader: The files.
+        monitor: Told of the bytes of the stage `place`.
+
+    Raises:
+        ModelError: CHECKPOINT_CORRUPT; LOAD_CANCELLED.
     """
+    monitor.check()
+    _copy(band, parts, reader)
+    monitor.advance("place", band.nbytes)
+
+
+def _copy(band: Band, parts: Parts, reader: Reader) -> None:
     tensor, targets = band.tensor, list(_targets(band, parts))
     stored, whole = numpy_dtype(tensor.dtype), (band.stop - band.start, *tensor.shape[1:])
     as_stored = all(target.dtype == stored for target, _ in targets)

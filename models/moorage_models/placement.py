@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -11,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moorage_models.arena import Arena
-from moorage_models.bands import Band, Bounds, bands, fill
-from moorage_models.dtypes import numpy_dtype
+from moorage_models.bands import Bounds, Parts, allocate, bands, fill
 from moorage_models.errors import ModelError, Reason
 from moorage_models.headers import StoredTensor
 from moorage_models.monitor import LoadMonitor
@@ -91,7 +91,10 @@ class ArenaPlacer:
     ) -> dict[str, jax.Array]:
         """Allocates everything, then reads band by band in the order of the files."""
         layouts = [Layout.of(parameter, mesh) for parameter in plan.parameters]
-        parts = [self._allocate(layout) for layout in layouts]
+        parts = [
+            allocate(self.arena, layout.bounds.values(), layout.parameter.dtype)
+            for layout in layouts
+        ]
         jobs = [
             (band, own)
             for layout, own in zip(layouts, parts, strict=True)
@@ -99,37 +102,35 @@ class ArenaPlacer:
         ]
         jobs.sort(key=lambda job: (job[0].tensor.file, job[0].offset))
 
-        def run(job: tuple[Band, dict[Bounds, np.ndarray]]) -> None:
-            monitor.check()
-            fill(*job, reader)
-            monitor.advance("place", job[0].nbytes)
-
         with ThreadPoolExecutor(READ_THREADS, "place") as pool:
-            for _ in pool.map(run, jobs):
+            for _ in pool.map(lambda job: fill(job[0], job[1], reader, monitor), jobs):
                 pass
         return {
             layout.parameter.name: _alias(layout, own)
             for layout, own in zip(layouts, parts, strict=True)
         }
 
-    def _allocate(self, layout: Layout) -> dict[Bounds, np.ndarray]:
-        dtype = numpy_dtype(layout.parameter.dtype)
-        parts = {}
-        for bounds in set(layout.bounds.values()):
-            shape = [stop - start for start, stop in bounds]
-            size = int(np.prod(shape)) * dtype.itemsize
-            parts[bounds] = self.arena.allocate(size).view(dtype).reshape(shape)
-        return parts
 
-
-def _alias(layout: Layout, parts: dict[Bounds, np.ndarray]) -> jax.Array:
+def _alias(layout: Layout, parts: Parts) -> jax.Array:
     """Makes the devices' array of host memory; it is read-only from here on."""
     for part in parts.values():
         part.flags.writeable = False
-    devices = layout.bounds
-    arrays = [jax.device_put(parts[bounds], device) for device, bounds in devices.items()]
-    shape = layout.parameter.shape
-    return jax.make_array_from_single_device_arrays(shape, layout.sharding, arrays)
+    return assemble(layout.parameter.shape, layout.sharding, layout.bounds, parts)
+
+
+def assemble(
+    shape: tuple[int, ...], sharding: NamedSharding, bounds: Mapping[Any, Bounds], parts: Parts
+) -> jax.Array:
+    """An array over the devices, from what each of this process's devices holds.
+
+    Args:
+        shape: The array's shape.
+        sharding: How it is split.
+        bounds: For each device, the key of its part.
+        parts: The parts.
+    """
+    arrays = [jax.device_put(parts[part], device) for device, part in bounds.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def place(

@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from moorage_models.arena import Arena
-from moorage_models.bands import Band, Bounds, bands, fill, holds
+from moorage_models.bands import Bounds, allocate, bands, fill, holds
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
-from moorage_models.placement import READ_THREADS, Layout
+from moorage_models.placement import READ_THREADS, Layout, assemble
 from moorage_models.plan import Piece, Plan
 from moorage_models.reading import READ_BYTES, Reader
 
@@ -108,19 +108,11 @@ class _Filling:
         pool: ThreadPoolExecutor,
     ) -> None:
         self.chunk = chunk
-        dtype = numpy_dtype(chunk.layout.parameter.dtype)
-        nbytes = math.prod(chunk.shape) * dtype.itemsize
-        self._parts = {
-            bounds: arena.allocate(nbytes).view(dtype).reshape(chunk.shape)
-            for bounds in set(chunk.bounds.values())
-        }
-
-        def run(band: Band) -> None:
-            monitor.check()
-            fill(band, self._parts, reader)
-            monitor.advance("place", band.nbytes)
-
-        self._reads = [pool.submit(run, band) for band in bands(chunk.pieces, self._parts)]
+        self._parts = allocate(arena, chunk.bounds.values(), chunk.layout.parameter.dtype)
+        self._reads = [
+            pool.submit(fill, band, self._parts, reader, monitor)
+            for band in bands(chunk.pieces, self._parts)
+        ]
 
     def put(self, stack: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Waits for the reads, and writes the chunk into its parameter.
@@ -133,13 +125,10 @@ class _Filling:
         """
         _wait(self._reads)
         chunk, sharding = self.chunk, self.chunk.layout.sharding
-        arrays = [
-            jax.device_put(self._parts[bounds], device) for device, bounds in chunk.bounds.items()
-        ]
-        self._parts.clear()
         ways = zip(stack.shape, sharding.shard_shape(stack.shape), chunk.shape, strict=True)
         shape = tuple(whole // shard * size for whole, shard, size in ways)
-        update = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        update = assemble(shape, sharding, chunk.bounds, self._parts)
+        self._parts.clear()
         start = np.array(chunk.start, np.int32)
         written: tuple[jax.Array, jax.Array] = _write(stack, update, start, sharding)
         return written

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 from moorage_models.errors import ModelError
 from moorage_models.sources import Policy
+from moorage_models.sources.source import cache_folder
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.local import LocalEngine, keep_compiled, make_mesh
@@ -145,11 +145,10 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_BUCKETS,
         help="shapes to compile, rows per data-parallel device x length; default: %(default)s",
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moorage"
     parser.add_argument(
         "--compile-cache",
         type=Path,
-        default=cache / "compiled",
+        default=cache_folder() / "compiled",
         metavar="DIR",
         help="where compiled programs are kept; default: %(default)s",
     )

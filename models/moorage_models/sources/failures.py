@@ -49,7 +49,7 @@ class Failures:
                 return reason, hint
         if status := _status(error):
             return self._by_status(status)
-        if (number := _system_error(error)) in _FULL:
+        if (number := _system_error(error)) in FULL:
             hint = f"the disk that downloads go to is full: free some, or set {self.cache_setting}"
             return Reason.DISK_FULL, hint
         if number in _UNWRITABLE:
@@ -76,7 +76,8 @@ class Failures:
         return Reason.SOURCE_UNAVAILABLE, f"{self.title} answers {status}: try later"
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+#: The disk, or a quota of it, is full.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 #: Where the HTTP clients raise from, none of which is imported here.

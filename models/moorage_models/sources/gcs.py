@@ -14,11 +14,17 @@ from typing import BinaryIO
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.sources.failures import Failures, persist
-from moorage_models.sources.gcs_prefix import FAILURES, Object, Prefix, within
+from moorage_models.sources.gcs_prefix import FAILURES, Object, Prefix
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, Records, RemoteFile
-from moorage_models.sources.remote import PAUSES, RemoteRepository
-from moorage_models.sources.source import ModelRequest, ModelSource, Policy, cache_folder
+from moorage_models.sources.remote import RemoteRepository, ask
+from moorage_models.sources.source import (
+    ModelRequest,
+    ModelSource,
+    Policy,
+    cache_folder,
+    within,
+)
 
 _PATH = re.compile(r"gs://([a-z0-9][a-z0-9._-]+[a-z0-9])/(.+?)/?")
 _REVISION = re.compile(r"[0-9a-f]{16}")
@@ -154,20 +160,18 @@ def open_bucket(request: ModelRequest, policy: Policy) -> RemoteRepository:
         hub = CloudStorage(prefix, revision, records, objects)
         return RemoteRepository(hub, prefix.key, asked, revision, hub.folder, records, held)
 
+    def current() -> RemoteRepository:
+        objects = prefix.objects()
+        _require(prefix, objects, request.revision)
+        revision = prefix.revision(objects)
+        held = records.recorded(revision, records.home / revision)
+        return at(revision, held or Held({n: o.file for n, o in objects.items()}, {}), objects)
+
     last = request.revision or records.revision(prefix.key)
     held = records.recorded(last, records.home / last) if _REVISION.fullmatch(last) else None
     if held and request.revision:
         return at(last, held, {})
-    try:
-        objects = persist(FAILURES, prefix.objects, f"gs://{prefix.key}", () if held else PAUSES)
-    except ModelError as error:
-        if held is None or error.reason is not Reason.SOURCE_UNAVAILABLE:
-            raise
-        return at(last, held, {})
-    _require(prefix, objects, request.revision)
-    revision = prefix.revision(objects)
-    held = records.recorded(revision, records.home / revision)
-    return at(revision, held or Held({n: o.file for n, o in objects.items()}, {}), objects)
+    return ask(FAILURES, current, f"gs://{prefix.key}", at(last, held, {}) if held else None)
 
 
 def _result(piece: Future[bytes], progress: FileProgress) -> bytes:

@@ -26,6 +26,7 @@ from google.cloud import storage
 from moorage_models.errors import ModelError, Reason
 from moorage_models.sources.failures import Failures
 from moorage_models.sources.record import RemoteFile
+from moorage_models.sources.source import within
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
 _MAX_OBJECTS = 20_000
@@ -218,11 +219,6 @@ class Prefix:
             if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
                 raise
             return AnonymousCredentials()
-
-
-def within(name: str) -> bool:
-    """Whether a name is that of a file in a folder or below it."""
-    return not {"", ".", ".."} & set(name.split("/"))
 
 
 def _object(blob: Any) -> Object:

@@ -12,14 +12,14 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _xet, build_hf_headers  # type: ignore[attr-defined]
 
 from moorage_models.errors import ModelError, Reason
-from moorage_models.sources.failures import Failures, persist
+from moorage_models.sources.failures import Failures
 from moorage_models.sources.hf_cache import HubCache
 from moorage_models.sources.hf_errors import FAILURES
 from moorage_models.sources.internal import within_roots
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, RemoteFile
-from moorage_models.sources.remote import PAUSES, RemoteRepository
-from moorage_models.sources.source import ModelRequest, ModelSource, Policy
+from moorage_models.sources.remote import RemoteRepository, ask
+from moorage_models.sources.source import ModelRequest, ModelSource, Policy, within
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"(?!/)(?!.*\.\.)[\w./+@-]+")
@@ -123,20 +123,17 @@ def open_hub(request: ModelRequest, policy: Policy) -> RemoteRepository:
         folder = cache.folder(commit)
         return RemoteRepository(hub, repo_id, asked, commit, folder, cache.records, held)
 
+    def current() -> RemoteRepository:
+        info = _info(repo_id, asked)
+        commit = str(info.sha)
+        return at(commit, cache.held(commit) or Held(_listing(info), {}))
+
     commit = cache.commit(asked)
     held = cache.held(commit)
     if held and asked == commit:
         return at(commit, held)
     held = held or cache.found(commit)
-    pauses = () if held else PAUSES
-    try:
-        info = persist(FAILURES, lambda: _info(repo_id, asked), f"{repo_id}@{asked}", pauses)
-    except ModelError as error:
-        if held is None or error.reason is not Reason.SOURCE_UNAVAILABLE:
-            raise
-        return at(commit, held)
-    commit = str(info.sha)
-    return at(commit, cache.held(commit) or Held(_listing(info), {}))
+    return ask(FAILURES, current, f"{repo_id}@{asked}", at(commit, held) if held else None)
 
 
 def _info(repo_id: str, revision: str) -> huggingface_hub.ModelInfo:
@@ -150,5 +147,5 @@ def _listing(info: huggingface_hub.ModelInfo) -> dict[str, RemoteFile]:
     return {
         file.rfilename: RemoteFile(file.size or 0, f"sha256:{file.lfs.sha256}" if file.lfs else "")
         for file in info.siblings or ()
-        if not {"", ".."} & set(file.rfilename.split("/"))
+        if within(file.rfilename)
     }

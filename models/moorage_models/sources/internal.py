@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.sources.failures import FULL
 from moorage_models.sources.source import ModelRequest, Policy, companions, ignore
 
 _COPY_BYTES = 16 << 20
@@ -80,7 +80,7 @@ class Directory:
             for size in _copy(self.folder / name, target):
                 monitor.advance("fetch", size)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in FULL
             raise ModelError(
                 Reason.DISK_FULL if full else Reason.SOURCE_UNAVAILABLE,
                 f"cannot copy {self.label!r} to the download path: {error.strerror}",

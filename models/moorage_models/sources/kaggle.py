@@ -16,12 +16,12 @@ from kagglehub.handle import ModelHandle
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.sources import kaggle_api
-from moorage_models.sources.failures import Failures, persist
+from moorage_models.sources.failures import Failures
 from moorage_models.sources.internal import within_roots
 from moorage_models.sources.kaggle_api import FAILURES
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, Records, RemoteFile
-from moorage_models.sources.remote import PAUSES, RemoteRepository
+from moorage_models.sources.remote import RemoteRepository, ask
 from moorage_models.sources.source import ModelRequest, ModelSource, Policy
 
 _SLUG, _NUMBER = r"(\w[\w.-]*)", r"([1-9][0-9]{0,8})"
@@ -175,15 +175,10 @@ def open_kaggle(request: ModelRequest, policy: Policy) -> RemoteRepository:
     versions = [handle.version] if handle.version else _known(home)
     hub, held = next((found for found in map(at, versions) if found[1]), at(handle.version or 0))
     if not handle.version:
-        pauses = () if held else PAUSES
-        try:
-            hub, held = at(persist(FAILURES, lambda: kaggle_api.latest(handle), label, pauses))
-        except ModelError as error:
-            if held is None or error.reason is not Reason.SOURCE_UNAVAILABLE:
-                raise
+        known: tuple[Kaggle, Held | None] | None = (hub, held) if held else None
+        hub, held = ask(FAILURES, lambda: at(kaggle_api.latest(handle)), label, known)
     if held is None:
-        files = persist(FAILURES, lambda: kaggle_api.listing(hub.handle), label, PAUSES)
-        held = Held(files, {})
+        held = Held(ask(FAILURES, lambda: kaggle_api.listing(hub.handle), label, None), {})
     return RemoteRepository(hub, key, asked, hub.version, hub.folder, Records(home), held)
 
 

@@ -24,6 +24,7 @@ from kagglesdk.models.types.model_api_service import (
 from moorage_models.errors import Reason
 from moorage_models.sources.failures import Failures
 from moorage_models.sources.record import RemoteFile
+from moorage_models.sources.source import within
 
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and between bytes; kagglehub's own
 
@@ -66,7 +67,7 @@ def listing(handle: ModelHandle) -> dict[str, RemoteFile]:
         is_last = not page.next_page_token or new.keys() <= files.keys()
         files |= new
         if is_last:
-            return {n: file for n, file in files.items() if not {"", ".."} & set(n.split("/"))}
+            return {n: file for n, file in files.items() if within(n)}
         request.page_token = page.next_page_token
 
 

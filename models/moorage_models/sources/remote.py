@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from filelock import FileLock, Timeout
 
@@ -20,6 +20,8 @@ from moorage_models.sources.failures import Failures, persist
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, Records, RemoteFile
 from moorage_models.sources.source import companions, ignore
+
+T = TypeVar("T")
 
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _PARALLEL_FILES = 4
@@ -264,6 +266,26 @@ class RemoteRepository:
                 f"{needed} bytes are to be fetched, but {free} are free where they would go: free "
                 f"some, or set {setting} or model_download_path to another disk",
             )
+
+
+def ask(failures: Failures, action: Callable[[], T], label: str, held: T | None) -> T:
+    """Asks a hub for what is current, or takes what is held of it if it cannot be reached.
+
+    Args:
+        failures: How the hub's errors are sorted.
+        action: What to ask.
+        label: Names the checkpoint in messages.
+        held: What this machine knows without the hub, which then is asked once only.
+
+    Raises:
+        ModelError: As the hub answers; SOURCE_UNAVAILABLE only if nothing is held.
+    """
+    try:
+        return persist(failures, action, label, PAUSES if held is None else ())
+    except ModelError as error:
+        if held is None or error.reason is not Reason.SOURCE_UNAVAILABLE:
+            raise
+        return held
 
 
 def _release(lock: FileLock, downloads: Sequence[Future[RemoteFile]]) -> None:

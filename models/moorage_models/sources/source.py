@@ -154,6 +154,11 @@ class Repository(Protocol):
         ...
 
 
+def within(name: str) -> bool:
+    """Whether a name is that of a file in a folder or below it."""
+    return not {"", ".", ".."} & set(name.split("/"))
+
+
 def cache_folder() -> Path:
     """Where files go that no hub's client has a cache for."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
