@@ -6,24 +6,20 @@ Hub does: its client takes a redirect to the same origin for the file itself.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from loopback import Handler, Headers, Loopback
 
 LARGE = (".safetensors", ".bin", ".pth", ".gguf")
 
 #: Tokens that the hub knows, and whether they may read gated and private repositories.
 TOKENS = {"hf_granted": True, "hf_other": False}
-
-Headers = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,29 +39,6 @@ class Request:
     range: str
     token: str
     sent: int
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the requests whose `METHOD /path` matches a pattern.
-
-    Attributes:
-        pattern: As `fnmatch` has it.
-        status: A status that is answered instead.
-        cut: Bytes of body after which the connection breaks.
-        stall: Bytes of body after which nothing more is sent; with 0 not even a header is.
-        flip: Place of a byte of the file that is inverted.
-        length: Bytes of the file that there seem to be.
-        times: How often it goes wrong.
-    """
-
-    pattern: str
-    status: int = 0
-    cut: int | None = None
-    stall: int | None = None
-    flip: int | None = None
-    length: int | None = None
-    times: int = 1 << 30
 
 
 @dataclass
@@ -94,46 +67,21 @@ class RefusalError(Exception):
         self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
 
 
-class Hub:
+class Hub(Loopback[Request]):
     """The hub, which serves while it is entered.
 
     Attributes:
         repos: The repositories by id.
-        faults: What goes wrong.
-        log: The requests, in the order in which their answers began.
         xet: Hashes in the Xet storage at `cas`, by sha256: such files are not redirected to.
         cas: URL of the Xet storage.
     """
 
     def __init__(self) -> None:
+        super().__init__(_Handler, ("127.0.0.1", "localhost"))
+        self.url, self.cdn = self.urls
         self.repos: dict[str, Repo] = {}
-        self.faults: list[Fault] = []
-        self.log: list[Request] = []
         self.xet: dict[str, str] = {}
         self.cas = ""
-        self.closed = threading.Event()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.url, self.cdn = (
-            f"http://{host}:{server.server_port}"
-            for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
-        )
-
-    def __enter__(self) -> Hub:
-        for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.closed.set()
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
 
     def push(self, repo_id: str, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Makes a commit of exactly these files, moves the branch there and returns the commit."""
@@ -146,34 +94,14 @@ class Hub:
         repo.refs[branch] = commit
         return commit
 
-    def lines(self, pattern: str = "*") -> list[str]:
-        """The requests that match."""
-        return [r.line for r in self.log if fnmatch.fnmatch(r.line, pattern)]
 
-    def sent(self, pattern: str = "*") -> int:
-        """Bytes of body that were sent to requests that match."""
-        return sum(r.sent for r in self.log if fnmatch.fnmatch(r.line, pattern))
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of the hub's."""
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
 
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 the name is the base class's
         self.path = unquote(self.path)
         self.line = f"{self.command} {urlsplit(self.path).path}"
-        self.fault = self._next_fault()
+        self.fault = self.hub.next_fault(self.line)
         try:
             if self.fault.status:
                 raise RefusalError(self.fault.status, "", "out of order")
@@ -186,13 +114,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(refusal.status, refusal.headers, json.dumps({"error": str(refusal)}))
 
     do_HEAD = do_GET  # noqa: N815 the name is the base class's
-
-    def _next_fault(self) -> Fault:
-        for fault in self.hub.faults:
-            if fault.times > 0 and fnmatch.fnmatch(self.line, fault.pattern):
-                fault.times -= 1
-                return fault
-        return Fault("")
 
     def _repo(self, repo_id: str) -> Repo:
         """The repository, if the request's token may see that it exists."""
@@ -261,10 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, headers: Headers) -> None:
         """Answers with a file, or the range of it that was asked for."""
-        content = content[: self.fault.length]
-        if self.fault.flip is not None:
-            at = self.fault.flip
-            content = content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+        content = self.fault.damaged(content)
         headers |= {"Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:

@@ -7,20 +7,16 @@ Kaggle: the credential must not go there.
 from __future__ import annotations
 
 import base64
-import fnmatch
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from hub import Fault, Headers
+from loopback import Handler, Headers, Loopback
 
 #: What the `Authorization` header may be, and whether its account has consented to licences.
 ACCOUNTS = {
@@ -67,46 +63,21 @@ class RefusalError(Exception):
         self.status = status
 
 
-class Kaggle:
+class Kaggle(Loopback[Request]):
     """The hub, which serves while it is entered.
 
     Attributes:
         variations: By `owner/model/FRAMEWORK/variation`, the framework as the API writes it.
-        faults: What goes wrong.
-        log: The requests, in the order in which their answers began.
         pause: Seconds between the pieces of a file.
         ranges: Whether the storage answers with ranges.
     """
 
     def __init__(self) -> None:
+        super().__init__(_Handler, ("127.0.0.1", "localhost"))
+        self.url, self.storage = self.urls
         self.variations: dict[str, Variation] = {}
-        self.faults: list[Fault] = []
-        self.log: list[Request] = []
         self.pause = 0.0
         self.ranges = True
-        self.closed = threading.Event()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.url, self.storage = (
-            f"http://{host}:{server.server_port}"
-            for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
-        )
-
-    def __enter__(self) -> Kaggle:
-        for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.closed.set()
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
 
     def push(self, handle: str, files: Mapping[str, bytes]) -> Variation:
         """Adds a version of exactly these files."""
@@ -114,55 +85,28 @@ class Kaggle:
         variation.versions[len(variation.versions) + 1] = dict(files)
         return variation
 
-    def lines(self, pattern: str = "*") -> list[str]:
-        """The requests that match."""
-        return [r.line for r in self.log if fnmatch.fnmatch(r.line, pattern)]
 
-    def sent(self, pattern: str = "*") -> int:
-        """Bytes of body that were sent to requests that match."""
-        return sum(r.sent for r in self.log if fnmatch.fnmatch(r.line, pattern))
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of the hub's."""
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: Kaggle
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
 
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 the name is the base class's
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         method = self.path.removeprefix("/v1/models.ModelApiService/")
         self._reply(f"POST {method}/{body.get('path', '')}".rstrip("/"), lambda: self._call(body))
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 the name is the base class's
         path = unquote(urlsplit(self.path).path)
         self._reply(f"GET {path}", lambda: self._file(path))
 
     def _reply(self, line: str, answer: Any) -> None:
         self.line = line
-        self.fault = self._next_fault()
+        self.fault = self.hub.next_fault(self.line)
         try:
             if self.fault.status:
                 raise RefusalError(self.fault.status, "out of order")
             answer()
         except RefusalError as refusal:
             self._json({"code": refusal.status, "message": str(refusal)}, refusal.status)
-
-    def _next_fault(self) -> Fault:
-        for fault in self.hub.faults:
-            if fault.times > 0 and fnmatch.fnmatch(self.line, fault.pattern):
-                fault.times -= 1
-                return fault
-        return Fault("")
 
     def _call(self, body: dict[str, Any]) -> None:
         account = self.headers.get("Authorization", "")
@@ -207,10 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         digest = base64.b64encode(hashlib.md5(content).digest()).decode()
         kind = "application/json" if path.endswith(".json") else "application/octet-stream"
         headers = {"x-goog-hash": f"crc32c=AAAAAA==,md5={digest}", "Content-Type": kind}
-        if self.fault.flip is not None:
-            at = self.fault.flip
-            content = content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
-        content = content[: self.fault.length]
+        content = self.fault.damaged(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or not self.hub.ranges:
             self._answer(200, headers, content)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
-from safetensors.numpy import save
 
-from checkpoints import GOLDEN, stored_tensors
-from gcs import Fault, Gcs, fake_gcs_server
+from downloads import contents, fetch, no_thread_fetches, seconds_to_cancel, sharded, until
+from gcs import Gcs, fake_gcs_server
+from loopback import Fault
 from moorage_models.automodel import AutoModel, load
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.errors import ModelError, Reason
@@ -63,15 +61,7 @@ def bucket() -> str:
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
     """A checkpoint in two files of several pieces each."""
-    tensors = stored_tensors(GOLDEN / "qwen3_tied")
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
-    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
-    return {
-        **{shard: save({n: tensors[n] for n in names}) for shard, names in shards.items()},
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "config.json": (GOLDEN / "qwen3_tied" / "config.json").read_bytes(),
-        **TOKENIZER,
-    }
+    return {**sharded(2), **TOKENIZER}
 
 
 @pytest.fixture
@@ -91,19 +81,11 @@ def open_it(path: str, revision: str = "", policy: Policy | None = None) -> Chec
     return open_checkpoint(request, policy)
 
 
-def fetch(checkpoint: Checkpoint, monitor: LoadMonitor | None = None) -> Path:
-    return checkpoint.repository.fetch(checkpoint.plan.files, monitor or LoadMonitor())
-
-
 def refusal(path: str, *args: Any) -> ModelError:
     """The error with which opening and fetching ends."""
     with pytest.raises(ModelError) as caught:
         fetch(open_it(path, *args))
     return caught.value
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 WEIGHTS = "GET *.safetensors"
@@ -462,20 +444,12 @@ def test_a_cancelled_load_ends_at_once_and_the_next_is_whole(
     monkeypatch.setattr(source, "_PIECE_PAUSES", (0.0,))
     checkpoint = open_it(pushed)
     gcs.faults.append(Fault(WEIGHTS, stall=5000))
-    monitor = LoadMonitor()
-    threading.Timer(0.3, monitor.cancel).start()
     start = time.monotonic()
-    with pytest.raises(ModelError) as caught:
-        fetch(checkpoint, monitor)
-    assert caught.value.reason is Reason.LOAD_CANCELLED
-    assert 0.3 <= time.monotonic() - start < 1.3
+    assert 0.3 <= seconds_to_cancel(checkpoint) < 1.3
     gcs.faults.clear()
     assert contents(fetch(checkpoint)) == files  # while threads of the cancelled one still wait
     assert time.monotonic() - start < 4  # but not for the timeout of what stalls
     gcs.log.clear()
     gcs.closed.set()  # now the threads end, and ask for nothing again
-    deadline = time.monotonic() + 5
-    while any(t.name.startswith("fetch") for t in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(no_thread_fetches)
     assert gcs.log == []

@@ -11,7 +11,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
-from safetensors.numpy import save
 
-from checkpoints import GOLDEN, stored_tensors
-from hub import Fault, Hub
+import downloads
+from downloads import fetch, no_thread_fetches, seconds_to_cancel, sharded, until
+from hub import Hub
+from loopback import Fault
 from moorage_models.automodel import AutoModel, load
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.errors import ModelError, Reason
@@ -82,16 +83,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
     """A checkpoint in four files, and what else repositories hold."""
-    tensors = stored_tensors(GOLDEN / "qwen3_tied")
-    shards = {f"model-0000{i + 1}-of-00004.safetensors": sorted(tensors)[i::4] for i in range(4)}
-    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
-    return {
-        **{shard: save({n: tensors[n] for n in names}) for shard, names in shards.items()},
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "config.json": (GOLDEN / "qwen3_tied" / "config.json").read_bytes(),
-        **COMPANIONS,
-        **STRAYS,
-    }
+    return {**sharded(4), **COMPANIONS, **STRAYS}
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -103,10 +95,6 @@ def open_it(revision: str = "", path: Path | str = "", policy: Policy | None = N
     return open_checkpoint(request, policy)
 
 
-def fetch(checkpoint: Checkpoint, monitor: LoadMonitor | None = None) -> Path:
-    return checkpoint.repository.fetch(checkpoint.plan.files, monitor or LoadMonitor())
-
-
 def refusal(*args: Any, **kwargs: Any) -> ModelError:
     """The error with which opening and fetching ends."""
     with pytest.raises(ModelError) as caught:
@@ -116,8 +104,8 @@ def refusal(*args: Any, **kwargs: Any) -> ModelError:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder as a user of the snapshot sees them."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+    held = downloads.contents(folder)
+    return {name: held[name] for name in held if ".cache" not in name.split("/")}
 
 
 def weights(files: dict[str, bytes]) -> list[str]:
@@ -776,13 +764,9 @@ def test_a_cancelled_load_ends_at_once(hub: Hub, files: dict[str, bytes], patter
     hub.push(ID, files)
     checkpoint = open_it()
     hub.faults.append(Fault(pattern, stall=5))
-    monitor = LoadMonitor()
-    threading.Timer(0.3, monitor.cancel).start()
-    start = time.monotonic()
-    with pytest.raises(ModelError) as caught:
-        fetch(checkpoint, monitor)
-    assert caught.value.reason is Reason.LOAD_CANCELLED
-    assert 0.3 <= time.monotonic() - start < 4  # two workers on two cores; the stall is far longer
+    assert (
+        0.3 <= seconds_to_cancel(checkpoint) < 4
+    )  # two workers on two cores; the stall is far longer
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["cancelled", "failed"])
@@ -807,15 +791,8 @@ def test_downloads_of_a_load_that_is_over_stop(
     with pytest.raises(ModelError):
         fetch(checkpoint, monitor)
     hub.closed.set()  # now all breaks off, over and over
-    until(lambda: not any(t.name.startswith("fetch") for t in threading.enumerate()))
+    until(no_thread_fetches)
     assert len(hub.lines("GET /cdn/*")) <= 8
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_nothing_is_printed_and_no_thread_is_left(
@@ -946,5 +923,5 @@ def test_a_cancelled_load_from_xet_storage_ends_at_once(
     assert caught.value.reason is Reason.LOAD_CANCELLED
     assert time.monotonic() - start < 4
     assert xet.lines("GET /v*/reconstructions*")
-    until(lambda: not any(t.name.startswith("fetch") for t in threading.enumerate()))
+    until(no_thread_fetches)
     assert capfd.readouterr() == ("", "")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
-import threading
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,11 +15,10 @@ import kagglehub
 import numpy as np
 import pytest
 from kagglesdk import kaggle_env
-from safetensors.numpy import save
 
-from checkpoints import GOLDEN, stored_tensors
-from hub import Fault
+from downloads import contents, fetch, no_thread_fetches, seconds_to_cancel, sharded, until
 from kaggle_hub import Kaggle
+from loopback import Fault
 from moorage_models.automodel import AutoModel
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.errors import ModelError, Reason
@@ -46,13 +42,8 @@ STRAYS = {f"extra/{i:02}.bin": b"stray" * 100 for i in range(60)} | {"README.md"
 
 def checkpoint_files() -> dict[str, bytes]:
     """A checkpoint in four files, and two more that a load brings."""
-    tensors = stored_tensors(GOLDEN / "qwen3_tied")
-    shards = {shard: sorted(tensors)[i::4] for i, shard in enumerate(SHARDS)}
-    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
     return {
-        **{shard: save({n: tensors[n] for n in names}) for shard, names in shards.items()},
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "config.json": (GOLDEN / "qwen3_tied" / "config.json").read_bytes(),
+        **sharded(4),
         "tokenizer/vocab.json": b"{}",
         "vocab.json": b'{"code": 500, "message": 501}',  # words, which are not an error
         "merges.txt": b"#version: 0.2",
@@ -88,20 +79,11 @@ def open_it(
     return open_checkpoint(request, policy)
 
 
-def fetch(checkpoint: Checkpoint, monitor: LoadMonitor | None = None) -> Path:
-    return checkpoint.repository.fetch(checkpoint.plan.files, monitor or LoadMonitor())
-
-
 def refusal(checkpoint: Checkpoint | None = None, **kwargs: Any) -> ModelError:
     """The error with which opening or fetching ends."""
     with pytest.raises(ModelError) as caught:
         fetch(checkpoint or open_it(**kwargs))
     return caught.value
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [p for p in folder.rglob("*") if p.is_file()]
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
 
 
 def cache(tmp_path: Path, version: int = 1) -> Path:
@@ -416,20 +398,11 @@ def test_a_cancelled_load_ends_at_once_and_its_threads_soon(
     checkpoint = open_it()
     hub.pause = 0.2 if slow else 0.0
     hub.faults += [] if slow else [Fault("GET *", stall=5000)]
-    monitor = LoadMonitor()
-    threading.Timer(0.3, monitor.cancel).start()
-    start = time.monotonic()
-    with pytest.raises(ModelError) as caught:
-        fetch(checkpoint, monitor)
-    assert caught.value.reason is Reason.LOAD_CANCELLED
-    assert 0.3 <= time.monotonic() - start < 1.3
+    assert 0.3 <= seconds_to_cancel(checkpoint) < 1.3
     hub.faults.clear()
     hub.pause = 0.0
     assert contents(fetch(checkpoint)) == NEEDED
-    deadline = time.monotonic() + 5
-    while any(thread.name.startswith("fetch") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(no_thread_fetches)
 
 
 def test_nothing_is_printed(
