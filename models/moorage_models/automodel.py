@@ -16,11 +16,11 @@ from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import Decoder
 from moorage_models.monitor import LoadMonitor
-from moorage_models.orbax import place_tree
 from moorage_models.placement import ArenaPlacer, Placer, place
 from moorage_models.reading import Arrivals, LocalFiles
 from moorage_models.ring import RingPlacer
 from moorage_models.sources import ModelRequest, ModelSource
+from moorage_models.tree_placement import place_tree
 
 
 class AutoModel:
@@ -84,7 +84,7 @@ def create_model_from_safe_tensors(
     """Loads a Hugging Face folder, as Tunix's function of this name does.
 
     Args:
-        file_dir: The folder.
+        file_dir: The folder, or the `gs://` prefix.
         config: The configuration; the folder's own `config.json` if None.
         mesh: The device mesh.
         dtype: Dtype of the parameters; as stored if left out.
@@ -92,8 +92,9 @@ def create_model_from_safe_tensors(
     Raises:
         ModelError: Whatever stands in the way.
     """
+    source = ModelSource.GCS if file_dir.startswith("gs://") else ModelSource.INTERNAL
     model, _ = AutoModel.from_pretrained(
-        Path(file_dir).name, mesh, ModelSource.INTERNAL, file_dir, dtype=dtype, config=config
+        Path(file_dir).name, mesh, source, file_dir, dtype=dtype, config=config
     )
     return model
 
@@ -120,12 +121,12 @@ def load(
     """
     monitor = monitor or LoadMonitor()
     repository, plan = checkpoint.repository, checkpoint.plan
+    placer = placer or placer_for(mesh)
     folder = repository.destination
     if checkpoint.orbax is not None:
         repository.fetch(plan.files, monitor)
         folder /= checkpoint.orbax
-        return place_tree(plan, folder, mesh, monitor), folder
-    placer = placer or placer_for(mesh)
+        return place_tree(plan, folder, mesh, monitor, placer), folder
     arrivals = Arrivals()
     with ThreadPoolExecutor(1, "load") as pool, LocalFiles(folder, arrivals) as files:
         fetching = pool.submit(repository.fetch, plan.files, monitor, arrivals.add)

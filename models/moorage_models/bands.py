@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,50 @@ def bands(pieces: Iterable[Piece], parts: Iterable[Bounds]) -> Iterator[Band]:
         for start, stop in sorted(ranges):
             for row in range(start, stop, step):
                 yield Band(tensor, piece.index, row, min(row + step, stop))
+
+
+def boxes(shape: Sequence[int], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cuts an array into boxes that are runs of it, in order.
+
+    Args:
+        shape: The array's shape.
+        limit: Values that a box may hold, if one place on the last axis is not more.
+
+    Returns:
+        Where each begins, and its shape.
+    """
+    sizes = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    axis = next(i for i, size in enumerate(sizes) if size <= max(limit, 1))
+    step = max(1, min(shape[axis], limit // sizes[axis]))
+    starts = [range(size) for size in shape[:axis]] + [range(0, shape[axis], step)]
+    for start in itertools.product(*starts):
+        box = (1,) * axis + (min(step, shape[axis] - start[-1]), *shape[axis + 1 :])
+        yield start + (0,) * (len(shape) - len(start)), box
+
+
+def overlap(
+    bounds: Bounds, start: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a part of a parameter and a box of it meet.
+
+    Args:
+        bounds: The part.
+        start: Where the box begins.
+        shape: The shape of the box.
+
+    Returns:
+        The place within the part, and within the box; None if they do not meet.
+    """
+    axes = list(zip(bounds, start, shape, strict=True))
+    meets = [(max(first, s), min(last, s + size)) for (first, last), s, size in axes]
+    if any(low >= high for low, high in meets):
+        return None
+    into = zip(meets, bounds, strict=True)
+    of = zip(meets, start, strict=True)
+    return (
+        tuple(slice(low - first, high - first) for (low, high), (first, _) in into),
+        tuple(slice(low - s, high - s) for (low, high), s in of),
+    )
 
 
 def allocate(arena: Arena, parts: Iterable[Bounds], dtype: str) -> dict[Bounds, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moorage_models.arena import Arena
-from moorage_models.bands import Bounds, Parts, allocate, bands, fill
+from moorage_models.bands import Bounds, Parts, allocate, bands, fill, overlap
 from moorage_models.errors import ModelError, Reason
 from moorage_models.headers import StoredTensor
 from moorage_models.monitor import LoadMonitor
@@ -21,6 +21,9 @@ from moorage_models.plan import Piece, Plan, PlannedParameter
 from moorage_models.reading import READ_BYTES, Reader
 
 READ_THREADS = 4
+
+#: What is done to stored values, numpy's or jax's. It is hashable.
+Change = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Layout:
         bounds: What each device holds.
     """
 
-    parameter: PlannedParameter[Piece]
+    parameter: PlannedParameter[Any]
     sharding: NamedSharding
     bounds: dict[Any, Bounds]
 
     @classmethod
-    def of(cls, parameter: PlannedParameter[Piece], mesh: Mesh) -> Layout:
+    def of(cls, parameter: PlannedParameter[Any], mesh: Mesh) -> Layout:
         """The layout of a parameter on a mesh."""
         sharding = NamedSharding(mesh, partition(parameter.spec(dict(mesh.shape))))
         indices = sharding.addressable_devices_indices_map(parameter.shape)
@@ -75,6 +78,36 @@ class Placer(Protocol):
         """
         ...
 
+    def sink(self, layout: Layout) -> Sink:
+        """One parameter to write, for bytes that no reader has as they are wanted."""
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """One parameter, while it is written box by box, from several threads."""
+
+    def holds(self, start: Sequence[int], shape: Sequence[int]) -> bool:
+        """Whether a device of this process has some of a box."""
+        ...
+
+    def write(
+        self, start: Sequence[int], shape: Sequence[int], values: np.ndarray, change: Change
+    ) -> None:
+        """Brings a box of the parameter to the devices that have some of it.
+
+        Args:
+            start: Where the box begins.
+            shape: The shape of the box.
+            values: What is stored of it; free again on return.
+            change: Makes it the box, in the parameter's dtype, but for the shape.
+        """
+        ...
+
+    def array(self) -> jax.Array:
+        """The parameter, which must not be written any more."""
+        ...
+
 
 @dataclass(frozen=True)
 class ArenaPlacer:
@@ -109,6 +142,30 @@ class ArenaPlacer:
             layout.parameter.name: _alias(layout, own)
             for layout, own in zip(layouts, parts, strict=True)
         }
+
+    def sink(self, layout: Layout) -> Sink:
+        """One parameter in host memory."""
+        own = allocate(self.arena, layout.bounds.values(), layout.parameter.dtype)
+        return _ArenaSink(layout, own)
+
+
+class _ArenaSink:
+    def __init__(self, layout: Layout, parts: Parts) -> None:
+        self._layout, self._parts = layout, parts
+
+    def holds(self, start: Sequence[int], shape: Sequence[int]) -> bool:
+        return any(overlap(bounds, start, shape) for bounds in self._parts)
+
+    def write(
+        self, start: Sequence[int], shape: Sequence[int], values: np.ndarray, change: Change
+    ) -> None:
+        box = change(values).reshape(shape)
+        for bounds, part in self._parts.items():
+            if found := overlap(bounds, start, shape):
+                part[found[0]] = box[found[1]]
+
+    def array(self) -> jax.Array:
+        return _alias(self._layout, self._parts)
 
 
 def _alias(layout: Layout, parts: Parts) -> jax.Array:

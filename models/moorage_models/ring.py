@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -18,10 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from moorage_models.arena import Arena
-from moorage_models.bands import Bounds, allocate, bands, fill, holds
+from moorage_models.bands import Bounds, allocate, bands, boxes, fill, holds, overlap
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
-from moorage_models.placement import READ_THREADS, Layout, assemble
+from moorage_models.placement import READ_THREADS, Change, Layout, Sink, assemble
 from moorage_models.plan import Piece, Plan
 from moorage_models.reading import READ_BYTES, Reader
 
@@ -95,6 +94,43 @@ class RingPlacer:
                 put_oldest()
         return params
 
+    def sink(self, layout: Layout) -> Sink:
+        """One parameter on the devices."""
+        return _RingSink(layout)
+
+
+class _RingSink:
+    """A parameter whose shards are updated one by one, each on its own device."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._shards = {shard.device: shard.data for shard in _zeros(layout).addressable_shards}
+        self._lock = threading.Lock()
+
+    def holds(self, start: Sequence[int], shape: Sequence[int]) -> bool:
+        return any(overlap(bounds, start, shape) for bounds in self._layout.bounds.values())
+
+    def write(
+        self, start: Sequence[int], shape: Sequence[int], values: np.ndarray, change: Change
+    ) -> None:
+        """The change is made on one device, from which the others get their parts."""
+        box = _changed(jax.device_put(values, next(iter(self._shards))), change, tuple(shape))
+        tokens = []
+        for device, bounds in self._layout.bounds.items():
+            if found := overlap(bounds, start, shape):
+                into, of = (np.array([part.start for part in place], np.int32) for place in found)
+                size = tuple(part.stop - part.start for part in found[1])
+                part = jax.device_put(_part_of(box, of, size), device)
+                with self._lock:
+                    self._shards[device], token = _write_shard(self._shards[device], part, into)
+                tokens.append(token)
+        jax.block_until_ready(tokens)
+
+    def array(self) -> jax.Array:
+        shape, sharding = self._layout.parameter.shape, self._layout.sharding
+        shards = list(self._shards.values())
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
 
 class _Filling:
     """A chunk that is being read into host memory."""
@@ -149,18 +185,11 @@ def _chunks(layout: Layout, limit: int) -> Iterator[_Chunk]:
     parameter = layout.parameter
     shape = layout.sharding.shard_shape(parameter.shape)
     distinct = len(set(layout.bounds.values()))
-    row_bytes = distinct * numpy_dtype(parameter.dtype).itemsize
-    sizes = [math.prod(shape[axis + 1 :]) * row_bytes for axis in range(len(shape))]
-    axis = next((i for i, size in enumerate(sizes) if size <= limit), len(shape) - 1)
-    step = max(1, min(shape[axis], limit // sizes[axis]))
+    item_bytes = distinct * numpy_dtype(parameter.dtype).itemsize
     pieces: dict[tuple[int, ...], list[Piece]] = {}
     for piece in parameter.pieces:
         pieces.setdefault(piece.index[:1], []).append(piece)
-    starts = [range(size) for size in shape[:axis]] + [range(0, shape[axis], step)]
-    for start in itertools.product(*starts):
-        last = min(step, shape[axis] - start[-1])
-        part = (1,) * axis + (last, *shape[axis + 1 :])
-        start += (0,) * (len(shape) - len(start))
+    for start, part in boxes(shape, limit // item_bytes):
         bounds = {device: _part(b, start, part) for device, b in layout.bounds.items()}
         layers = range(start[0], start[0] + part[0])
         near = [p for layer in layers for p in pieces.get((layer,), ())] or parameter.pieces
@@ -186,15 +215,32 @@ def _write(
     stack: Array, update: Array, start: Int32[Array, " axes"], sharding: NamedSharding
 ) -> tuple[Array, Array]:
     """Writes each device's part of an update into its shard, without any communication."""
-
-    def write(shard: Array, part: Array, start: Int32[Array, " axes"]) -> Array:
-        # As integers: XLA on CPU would take all of a bfloat16 shard to float32 and back.
-        bits = jnp.dtype(f"uint{8 * shard.dtype.itemsize}")
-        shard, part = (jax.lax.bitcast_convert_type(x, bits) for x in (shard, part))
-        shard = jax.lax.dynamic_update_slice(shard, part, tuple(start))
-        return jax.lax.bitcast_convert_type(shard, stack.dtype)
-
     specs = (sharding.spec, sharding.spec, PartitionSpec())
-    local = jax.shard_map(write, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
+    local = jax.shard_map(_updated, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
     written: Array = local(stack, update, start)
     return written, start[0] + 1
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_shard(shard: Array, part: Array, start: Int32[Array, " axes"]) -> tuple[Array, Array]:
+    """As `_write`, of one device."""
+    return _updated(shard, part, start), start[0] + 1
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _changed(values: Array, change: Change, shape: tuple[int, ...]) -> Array:
+    changed: Array = change(values).reshape(shape)
+    return changed
+
+
+@partial(jax.jit, static_argnums=2)
+def _part_of(values: Array, start: Int32[Array, " axes"], shape: tuple[int, ...]) -> Array:
+    return jax.lax.dynamic_slice(values, tuple(start), shape)
+
+
+def _updated(shard: Array, part: Array, start: Int32[Array, " axes"]) -> Array:
+    # As integers: XLA on CPU would take all of a bfloat16 shard to float32 and back.
+    bits = jnp.dtype(f"uint{8 * shard.dtype.itemsize}")
+    whole, part = (jax.lax.bitcast_convert_type(x, bits) for x in (shard, part))
+    whole = jax.lax.dynamic_update_slice(whole, part, tuple(start))
+    return jax.lax.bitcast_convert_type(whole, shard.dtype)
