@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,52 @@ def test_an_index_that_misleads_is_refused(
     error = refusal(tmp_path)
     assert error.reason is Reason.CHECKPOINT_CORRUPT
     assert named in error.message
+
+
+EIGHT = [f"model-{i}.safetensors" for i in range(8)]
+
+
+def write_eight(folder: Path) -> None:
+    for name in EIGHT:
+        save_file({name: MIXED["a"]}, folder / name)
+    write_index(folder, {name: name for name in EIGHT})
+
+
+def test_the_headers_of_eight_files_are_asked_for_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a hub each is a few round trips."""
+    write_eight(tmp_path)
+    all_asked, read = threading.Barrier(8), Directory.read
+
+    def slow_read(self: Directory, file: str, start: int, stop: int) -> bytes:
+        if file in EIGHT and start == 0:
+            all_asked.wait(10)
+        return read(self, file, start, stop)
+
+    monkeypatch.setattr(Directory, "read", slow_read)
+    assert list(headers(tmp_path)) == EIGHT
+
+
+def test_of_several_damaged_files_the_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it is the last to be read."""
+    write_eight(tmp_path)
+    for damaged in (EIGHT[2], EIGHT[5]):
+        write(tmp_path, b"{", b"", damaged)
+    later_read, read = threading.Event(), Directory.read
+
+    def slow_read(self: Directory, file: str, start: int, stop: int) -> bytes:
+        if file == EIGHT[2]:
+            assert later_read.wait(10)
+        content = read(self, file, start, stop)
+        if file == EIGHT[5] and start > 0:
+            later_read.set()
+        return content
+
+    monkeypatch.setattr(Directory, "read", slow_read)
+    assert EIGHT[2] in refusal(tmp_path).message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"\xff", b"[" * 200_000], ids=range(6))

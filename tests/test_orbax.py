@@ -7,6 +7,7 @@ checkpoints are written by `orbax_fixtures`, which knows nothing of the reader.
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,14 @@ import numpy as np
 import pytest
 
 from checkpoints import GOLDEN, mesh_of, open_folder
+from moorage_models import zarr_chunks
+from moorage_models.arena import Arena
 from moorage_models.automodel import load
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.decoder import Decoder
 from moorage_models.errors import ModelError, Reason
+from moorage_models.placement import ArenaPlacer, Placer
+from moorage_models.ring import RingPlacer
 from moorage_models.sources import ModelRequest, ModelSource
 from orbax_fixtures import write_flax, write_maxtext
 
@@ -85,8 +90,11 @@ def safetensors(name: str) -> dict[str, np.ndarray]:
     return parameters(open_folder(GOLDEN / name))
 
 
-def parameters(checkpoint: Checkpoint, shape: tuple[int, int] = (1, 1)) -> dict[str, Any]:
-    return {name: np.asarray(x) for name, x in load(checkpoint, mesh_of(*shape))[0].items()}
+def parameters(
+    checkpoint: Checkpoint, shape: tuple[int, int] = (1, 1), placer: Placer | None = None
+) -> dict[str, Any]:
+    params, _ = load(checkpoint, mesh_of(*shape), placer=placer)
+    return {name: np.asarray(x) for name, x in params.items()}
 
 
 def check(found: Mapping[str, np.ndarray], name: str, folded: tuple[str, ...] = ()) -> None:
@@ -207,6 +215,42 @@ def test_the_logits_are_the_golden_ones(name: str, write: Any, tmp_path: Path) -
         logits = np.asarray(model(golden["plain/tokens"])[0])
         error = np.abs(logits - golden["plain/logits"]).max()
         assert error <= 3 * golden["plain/noise"] + 2e-5
+
+
+#: Half a head a device, layers in strides, heads in one axis, experts; whole chunks and many.
+WAYS = {
+    "gemma2": functools.partial(write_flax),
+    "gemma3_text_mqa": functools.partial(write_maxtext, scanned=True),
+    "llama3p1": functools.partial(write_maxtext, scanned=True, devices=8),
+    "qwen3_untied": functools.partial(write_maxtext, scanned=True, fused_qkv=True, fused_mlp=True),
+    "qwen3_moe": functools.partial(write_maxtext, scanned=False),
+}
+
+
+#: One mesh and one cut of each in the suite; the rest in `make soak`.
+MESHES = {(2, 2): 3000, (8, 1): 1 << 20, (1, 8): 20_000}
+SOON = {("gemma2", (8, 1)), ("gemma3_text_mqa", (2, 2)), ("llama3p1", (1, 8))}
+SOON |= {("qwen3_untied", (2, 2)), ("qwen3_moe", (1, 8))}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "slab_bytes"),
+    [
+        pytest.param(name, mesh, size, marks=[] if (name, mesh) in SOON else pytest.mark.soak)
+        for name, (mesh, size) in itertools.product(WAYS, MESHES.items())
+    ],
+    ids=str,
+)
+def test_both_placers_give_the_same_bits(
+    name: str, mesh: tuple[int, int], slab_bytes: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(zarr_chunks, "SLAB_BYTES", slab_bytes)
+    checkpoint = opened(WAYS[name](GOLDEN / name, tmp_path), name)
+    arena, ring = (parameters(checkpoint, mesh, p) for p in (ArenaPlacer(Arena()), RingPlacer()))
+    check(arena, name, folded_of(name))
+    for parameter, value in arena.items():
+        assert value.dtype == ring[parameter].dtype
+        assert value.tobytes() == ring[parameter].tobytes(), parameter
 
 
 def test_what_does_not_fit_is_told_at_once(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from moorage_models.dtypes import ITEM_BYTES
@@ -19,6 +21,7 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_JSON_BYTES = 100_000_000
+_READ_THREADS = 8  # files at a time: each takes a hub two to four round trips
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def _read_indexed(repository: Repository) -> dict[str, StoredTensor]:
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if name not in repository.files]:
         raise _corrupt(f"{INDEX} names files that are not there: {', '.join(missing)}")
-    stored = {(t.file, t.name): t for name in files for t in _read_file(repository, name)}
+    with ThreadPoolExecutor(_READ_THREADS, "headers") as pool:
+        held = pool.map(partial(_read_file, repository), files)
+        stored = {(t.file, t.name): t for tensors in held for t in tensors}
     if lost := [name for name, file in weight_map.items() if (file, name) not in stored]:
         raise _corrupt(f"{INDEX} places tensors in files that lack them: {', '.join(lost[:5])}")
     return {name: stored[file, name] for name, file in weight_map.items()}
