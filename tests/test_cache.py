@@ -100,10 +100,10 @@ async def test_a_load_ends_even_if_every_caller_has_left(cache, engine):
 async def test_a_caller_that_leaves_while_the_source_is_asked_leaves_the_load(cache, engine):
     asked, answer = threading.Event(), threading.Event()
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         asked.set()
         assert answer.wait(20)
-        return open_checkpoint(*arguments)
+        return open_checkpoint(*arguments, **options)
 
     with mock.patch.object(cache_module, "open_checkpoint", slow):
         spec = pb.ModelSpec(model_id="x", source="MODEL_SOURCE_INTERNAL", model_path=PATH)
@@ -130,9 +130,9 @@ async def test_who_leaves_a_look_that_is_shared_leaves_it_to_the_others(cache, e
 async def test_callers_share_one_look_into_the_source(cache, engine):
     looks = []
 
-    def look(*arguments):
+    def look(*arguments, **options):
         looks.append(arguments)
-        return open_checkpoint(*arguments)
+        return open_checkpoint(*arguments, **options)
 
     with mock.patch.object(cache_module, "open_checkpoint", look):
         await asyncio.gather(*(load(cache) for _ in range(20)))

@@ -89,6 +89,12 @@ class Stage:
     total: int
     rate: float
 
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at this rate; None while that cannot be told."""
+        known = self.total and self.rate
+        return max(self.total - self.done, 0) / self.rate if known else None
+
 
 @dataclass(frozen=True)
 class LoadProgress:

@@ -42,15 +42,20 @@ def shown(title: str, callback: Callback | None, bar: bool | None) -> Iterator[C
 
 
 def placed(progress: LoadProgress) -> tuple[int, int]:
-    """Gives the bytes placed in device memory and their total, 0 while that is unknown."""
-    stage = progress.stages.get("place")
+    """Gives the bytes placed in device memory and their total, 0 while that is unknown.
+
+    Before anything is placed, those that are fetched.
+    """
+    stage = progress.stages.get("place") or progress.stages.get("fetch")
     return (stage.done, stage.total) if stage else (0, 0)
 
 
 def note(progress: LoadProgress) -> str:
-    """Says what bytes do not: the state, programs compiled, and who else waits."""
-    compiled = progress.stages.get("compile")
+    """Says what placed bytes do not: the state, the fetch, programs, and who else waits."""
+    fetched, compiled = progress.stages.get("fetch"), progress.stages.get("compile")
     parts = [progress.state]
+    if fetched and fetched.done < fetched.total:
+        parts.append(f"{fetched.done / fetched.total:.0%} fetched")
     if compiled and compiled.total:
         parts.append(f"{compiled.done}/{compiled.total} programs")
     if progress.waiters > 1:

@@ -18,8 +18,9 @@ from moorage_models.decoder import Decoder
 from moorage_models.monitor import LoadMonitor
 from moorage_models.placement import ArenaPlacer, Placer, place
 from moorage_models.reading import Arrivals, LocalFiles
-from moorage_models.ring import RingPlacer
+from moorage_models.ring import WINDOW_BYTES, RingPlacer
 from moorage_models.sources import ModelRequest, ModelSource
+from moorage_models.streaming import RangedFiles
 from moorage_models.tree_placement import place_tree
 
 
@@ -40,6 +41,7 @@ class AutoModel:
         compute_dtype: DTypeLike | None = None,
         config: ModelConfig | None = None,
         options: Mapping[str, str] | None = None,
+        stream: bool = False,
     ) -> tuple[Decoder, str]:
         """Finds, checks, fetches and places a model.
 
@@ -55,6 +57,8 @@ class AutoModel:
             config: Overrides the checkpoint's own configuration.
             options: What a MaxText checkpoint does not tell of itself; see
                 `families.maxtext.choose`.
+            stream: Whether weights go from a hub to the devices without a copy on this machine;
+                see `load`.
 
         Returns:
             The model, and the path that it was read from.
@@ -74,8 +78,8 @@ class AutoModel:
         )
         checkpoint = open_checkpoint(request, config=config)
         mesh = auto_mesh(mesh)
-        params, folder = load(checkpoint, mesh)
-        return Decoder(checkpoint.config, mesh, params, checkpoint.compute_dtype), str(folder)
+        params, path = load(checkpoint, mesh, stream=stream)
+        return Decoder(checkpoint.config, mesh, params, checkpoint.compute_dtype), path
 
 
 def create_model_from_safe_tensors(
@@ -104,7 +108,9 @@ def load(
     mesh: Mesh,
     monitor: LoadMonitor | None = None,
     placer: Placer | None = None,
-) -> tuple[dict[str, jax.Array], Path]:
+    *,
+    stream: bool = False,
+) -> tuple[dict[str, jax.Array], str]:
     """Fetches a checkpoint and places it on a mesh: all loads, in process or not, go here.
 
     Args:
@@ -112,23 +118,38 @@ def load(
         mesh: The device mesh, axes Auto.
         monitor: Told of progress; may cancel the load.
         placer: How bytes come into device memory; by the kind of the devices if None.
+        stream: Whether safetensors of a hub go to the devices without a copy on this machine, each
+            process reading what its devices hold. No digest is compared then. What this machine
+            holds already, or has a download path, is read from the disk all the same.
 
     Returns:
-        The parameters by name, and the folder that they were read from.
+        The parameters by name, and where they were read from: a folder, or a place on a hub.
 
     Raises:
         ModelError: The source failed, the files are damaged, or the load was cancelled.
     """
-    monitor = monitor or LoadMonitor()
+    monitor, placer = monitor or LoadMonitor(), placer or placer_for(mesh)
     repository, plan = checkpoint.repository, checkpoint.plan
-    placer = placer or placer_for(mesh)
     folder = repository.destination
     if checkpoint.orbax is not None:
         repository.fetch(plan.files, monitor)
         folder /= checkpoint.orbax
-        return place_tree(plan, folder, mesh, monitor, placer), folder
-    arrivals = Arrivals()
-    with ThreadPoolExecutor(1, "load") as pool, LocalFiles(folder, arrivals) as files:
+        return place_tree(plan, folder, mesh, monitor, placer), str(folder)
+    if stream and repository.local is None and not checkpoint.request.download_path:
+        with RangedFiles(repository, monitor) as files:
+            return place(plan, files, mesh, monitor, placer), repository.label
+    return _fetch_and_place(checkpoint, mesh, monitor, placer), str(folder)
+
+
+def _fetch_and_place(
+    checkpoint: Checkpoint, mesh: Mesh, monitor: LoadMonitor, placer: Placer
+) -> dict[str, jax.Array]:
+    """Places files as they arrive."""
+    repository, plan, arrivals = checkpoint.repository, checkpoint.plan, Arrivals()
+    with (
+        ThreadPoolExecutor(1, "load") as pool,
+        LocalFiles(repository.destination, arrivals) as files,
+    ):
         fetching = pool.submit(repository.fetch, plan.files, monitor, arrivals.add)
         fetching.add_done_callback(lambda _: arrivals.close())
         try:
@@ -140,18 +161,19 @@ def load(
                 fetching.result()  # what ended the fetch ended the placement, too
             monitor.cancel()
             raise
-    return params, folder
+    return params
 
 
-def placer_for(mesh: Mesh, kept_bytes: int = 0) -> Placer:
+def placer_for(mesh: Mesh, kept_bytes: int = 0, window: int = WINDOW_BYTES) -> Placer:
     """How bytes come onto a mesh's kind of devices.
 
     Args:
         mesh: The device mesh.
         kept_bytes: For CPU devices, how much memory of models that are gone is kept for others.
+        window: For accelerators, bytes of host memory that a load may take.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return ArenaPlacer(Arena(kept_bytes)) if on_cpu else RingPlacer()
+    return ArenaPlacer(Arena(kept_bytes)) if on_cpu else RingPlacer(window)
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:

@@ -54,6 +54,7 @@ def open_checkpoint(
     config: ModelConfig | None = None,
     *,
     fetch_tree: bool = True,
+    monitor: LoadMonitor | None = None,
 ) -> Checkpoint:
     """Looks into a source and plans a load, from metadata and headers alone.
 
@@ -66,6 +67,7 @@ def open_checkpoint(
         config: Overrides the checkpoint's own configuration.
         fetch_tree: Whether an Orbax tree may be fetched; if not, its plan is that of the
             configuration.
+        monitor: Told of the bytes of such a fetch; may cancel it.
 
     Raises:
         ModelError: Whatever stands in the way of a load, with the reason.
@@ -83,7 +85,7 @@ def open_checkpoint(
     if config is None:
         config = preset_for(ModelNaming(model_id=request.model_id).model_config_id)
     if orbax is not None and repository.local is None and fetch_tree:
-        repository.fetch(tree_files(repository, orbax), LoadMonitor())
+        repository.fetch(tree_files(repository, orbax), monitor or LoadMonitor())
         pinned = replace(request, revision=repository.revision)
         repository = open_repository(pinned, policy or Policy())
     plan: Plan[Any]

@@ -20,8 +20,6 @@ from moorage_models.ops import partition
 from moorage_models.plan import Piece, Plan, PlannedParameter
 from moorage_models.reading import READ_BYTES, Reader
 
-READ_THREADS = 4
-
 #: What is done to stored values, numpy's or jax's. It is hashable.
 Change = Callable[[Any], Any]
 
@@ -135,7 +133,7 @@ class ArenaPlacer:
         ]
         jobs.sort(key=lambda job: (job[0].tensor.file, job[0].offset))
 
-        with ThreadPoolExecutor(READ_THREADS, "place") as pool:
+        with ThreadPoolExecutor(reader.threads, "place") as pool:
             for _ in pool.map(lambda job: fill(job[0], job[1], reader, monitor), jobs):
                 pass
         return {

@@ -62,7 +62,13 @@ class Arrivals:
 
 @runtime_checkable
 class Reader(Protocol):
-    """Where the bytes of a checkpoint's files come from."""
+    """Where the bytes of a checkpoint's files come from.
+
+    Attributes:
+        threads: Reads that are worth doing at a time.
+    """
+
+    threads: int
 
     def read(self, name: str, offset: int, target: np.ndarray) -> None:
         """Fills an array with the bytes of a file from `offset` on.
@@ -115,6 +121,8 @@ class LocalFiles:
     twice the speed and without pushing anything out of the cache.
     """
 
+    threads = 4
+
     def __init__(self, folder: Path, arrivals: Arrivals | None = None) -> None:
         self._folder = folder
         self._arrivals = arrivals
@@ -149,10 +157,7 @@ class LocalFiles:
             with self._file(name) as file:
                 if file.is_cached(start) and file.scatter(start, size, part):
                     continue
-            run = self.lend(name, start, size).reshape(-1, width)
-            ends = itertools.accumulate(array.shape[1] for array in part)
-            for array, end in zip(part, ends, strict=True):
-                array[:] = run[:, end - array.shape[1] : end]
+            spread(self.lend(name, start, size), part)
 
     def lend(self, name: str, offset: int, nbytes: int) -> np.ndarray:
         """The bytes of a file from `offset` on, in memory that is the reader's."""
@@ -197,6 +202,14 @@ class LocalFiles:
             self._thread.staging = np.frombuffer(buffer, np.uint8)
         staging: np.ndarray = self._thread.staging
         return staging
+
+
+def spread(run: np.ndarray, columns: Sequence[np.ndarray]) -> None:
+    """Copies a run of bytes to arrays that lie side by side in it, row by row."""
+    rows = run.reshape(len(columns[0]), -1)
+    ends = itertools.accumulate(array.shape[1] for array in columns)
+    for array, end in zip(columns, ends, strict=True):
+        array[:] = rows[:, end - array.shape[1] : end]
 
 
 class _File:

@@ -20,7 +20,7 @@ from moorage_models.arena import Arena
 from moorage_models.bands import Bounds, allocate, bands, boxes, fill, holds, overlap
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
-from moorage_models.placement import READ_THREADS, Change, Layout, Sink, assemble
+from moorage_models.placement import Change, Layout, Sink, assemble
 from moorage_models.plan import Piece, Plan
 from moorage_models.reading import READ_BYTES, Reader
 
@@ -72,7 +72,7 @@ class RingPlacer:
         """Allocates everything on the devices, then reads ahead by as much as the ring holds."""
         layouts = [Layout.of(parameter, mesh) for parameter in plan.parameters]
         params = {layout.parameter.name: _zeros(layout) for layout in layouts}
-        limit = (self.window - READ_THREADS * READ_BYTES) // (_BUFFERS + 1)
+        limit = (self.window - reader.threads * READ_BYTES) // (_BUFFERS + 1)
         chunks = [chunk for layout in layouts for chunk in _chunks(layout, limit)]
         chunks.sort(key=lambda chunk: chunk.last_file)
         arena, ahead, tokens = Arena(self.window), deque[_Filling](), deque[jax.Array]()
@@ -83,7 +83,7 @@ class RingPlacer:
             params[name], token = filling.put(params[name])
             tokens.append(token)
 
-        with ThreadPoolExecutor(READ_THREADS, "place") as pool:
+        with ThreadPoolExecutor(reader.threads, "place") as pool:
             for chunk in chunks:
                 if len(ahead) == _BUFFERS // 2:
                     put_oldest()

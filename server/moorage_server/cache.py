@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
-from moorage_models.monitor import LoadMonitor
+from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
 from moorage_server.engine import Engine
 from moorage_server.errors import Reason, ServerError
@@ -102,7 +102,7 @@ class ModelCache:
     def __init__(self, engine: Engine, policy: Policy) -> None:
         self._engine = engine
         self._policy = policy
-        self._resolving: dict[ModelRequest, asyncio.Task[Checkpoint]] = {}
+        self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
         self._models: dict[str, Model] = {}
         self._load_threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
         self.device_thread = ThreadPoolExecutor(1, "device")
@@ -121,13 +121,18 @@ class ModelCache:
         Raises:
             ModelError: Whatever stands in the way of a load.
         """
-        task = self._resolving.get(request)
-        if task is None:
-            task = asyncio.create_task(asyncio.to_thread(open_checkpoint, request, self._policy))
-            self._resolving[request] = task
+        if request not in self._resolving:
+            monitor = LoadMonitor()
+            look = asyncio.to_thread(open_checkpoint, request, self._policy, monitor=monitor)
+            task = asyncio.create_task(look)
+            self._resolving[request] = (task, monitor)
             task.add_done_callback(lambda _: self._resolving.pop(request))
             task.add_done_callback(_retrieve)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._resolving[request][0])
+
+    def resolving(self, request: ModelRequest) -> dict[str, Stage]:
+        """What a look that is under way fetches: an Orbax tree, whose shapes are in its files."""
+        return self._resolving[request][1].stages() if request in self._resolving else {}
 
     def join(self, request: ModelRequest) -> asyncio.Task[Model]:
         """Joins the load of a model, or starts it if nobody has asked for it yet.
@@ -209,9 +214,9 @@ class ModelCache:
         return await asyncio.shield(model.unload)
 
     def stop(self) -> None:
-        """Cancels the running loads, for the process is about to end."""
-        for model in self.models():
-            model.monitor.cancel()
+        """Cancels what is being loaded or fetched, for the process is about to end."""
+        for monitor in [m.monitor for m in self.models()] + [m for _, m in self._resolving.values()]:
+            monitor.cancel()
 
     async def _join(self, request: ModelRequest) -> Model:
         checkpoint = await self.resolve(request)

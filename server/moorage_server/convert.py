@@ -12,6 +12,7 @@ from moorage.v1 import moorage_pb2 as pb
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.errors import ModelError, Reason
+from moorage_models.monitor import Stage
 from moorage_models.naming import ModelNaming
 from moorage_models.sources import ModelRequest, ModelSource
 from moorage_models.tokenizer_facts import TokenizerFacts
@@ -92,16 +93,20 @@ def to_config(config: ModelConfig) -> pb.ConfigSummary:
 
 def to_progress(model: Model) -> pb.LoadProgress:
     """How far a load has come."""
-    stages = [
-        pb.StageProgress(stage=name, done=stage.done, total=stage.total, rate=stage.rate)
-        for name, stage in model.monitor.stages().items()
-    ]
     return pb.LoadProgress(
         state=f"MODEL_STATE_{model.state}",
-        stages=stages,
+        stages=to_stages(model.monitor.stages()),
         waiters=model.waiters,
         elapsed=duration(time.time() - model.started),
     )
+
+
+def to_stages(stages: Mapping[str, Stage]) -> list[pb.StageProgress]:
+    """The stages that run side by side."""
+    return [
+        pb.StageProgress(stage=name, done=stage.done, total=stage.total, rate=stage.rate)
+        for name, stage in stages.items()
+    ]
 
 
 def to_model(model: Model) -> pb.Model:

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 from moorage_models.errors import ModelError
+from moorage_models.ring import WINDOW_BYTES
 from moorage_models.sources import Policy
 from moorage_models.sources.source import cache_folder
 from moorage_server.cache import ModelCache
@@ -35,6 +36,7 @@ from moorage_server.status import ErrorInterceptor
 #: Rows (per data-parallel device) and lengths that are compiled for every model.
 DEFAULT_BUCKETS = "1x128,8x128,1x512,8x512,1x2048,1x8192"
 _STOP_SECONDS = 10.0
+_MIN_WINDOW_MIB = 96  # the reads that are under way take up to 64
 
 _log = logging.getLogger("moorage")
 
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         mesh = make_mesh(_sizes(args.mesh))
-        engine = LocalEngine(mesh, _buckets(args.buckets, mesh.shape.get("fsdp", 1)))
+        buckets = _buckets(args.buckets, mesh.shape.get("fsdp", 1))
+        engine = LocalEngine(mesh, buckets, window=_window(args.window), stream=args.stream)
         keep_compiled(args.compile_cache)
     except (ModelError, OSError, ValueError) as error:
         print(f"moorage serve: {error}", file=sys.stderr)
@@ -146,6 +149,19 @@ def _parser() -> argparse.ArgumentParser:
         help="shapes to compile, rows per data-parallel device x length; default: %(default)s",
     )
     parser.add_argument(
+        "--window",
+        type=int,
+        default=WINDOW_BYTES >> 20,
+        metavar="MIB",
+        help="host memory that a load may take beyond the model, in MiB; default: %(default)s",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="bring safetensors from hubs to the devices without a copy on this machine; they are "
+        "not compared with the hubs' digests then",
+    )
+    parser.add_argument(
         "--compile-cache",
         type=Path,
         default=cache_folder() / "compiled",
@@ -166,6 +182,13 @@ def _sizes(text: str) -> dict[str, int]:
             raise ValueError(f"--mesh {text!r}: wanted axes fsdp and tp, as fsdp=2,tp=4")
         sizes[name] = int(size)
     return sizes
+
+
+def _window(mebibytes: int) -> int:
+    """`256` as bytes."""
+    if mebibytes < _MIN_WINDOW_MIB:
+        raise ValueError(f"--window {mebibytes}: wanted at least {_MIN_WINDOW_MIB} MiB")
+    return mebibytes << 20
 
 
 def _buckets(text: str, data_parallel: int) -> list[Bucket]:

@@ -95,12 +95,15 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.LoadModelRequest, context: Context
     ) -> AsyncIterator[pb.LoadModelResponse]:
         """Joins or starts a load; leaving leaves it running."""
-        begin = time.monotonic()
-        join = self._cache.join(convert.to_request(request.model))
+        begin, wanted = time.monotonic(), convert.to_request(request.model)
+        join = self._cache.join(wanted)
         while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
-            elapsed = convert.duration(time.monotonic() - begin)
             yield pb.LoadModelResponse(
-                progress=pb.LoadProgress(state=pb.MODEL_STATE_RESOLVING, elapsed=elapsed)
+                progress=pb.LoadProgress(
+                    state=pb.MODEL_STATE_RESOLVING,
+                    stages=convert.to_stages(self._cache.resolving(wanted)),
+                    elapsed=convert.duration(time.monotonic() - begin),
+                )
             )
         model = join.result()
         last, sent = pb.LoadProgress(), 0.0

@@ -56,6 +56,10 @@ class Directory:
                 Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}"
             ) from error
 
+    def request(self, name: str, start: int, stop: int) -> bytes:
+        """As `read`."""
+        return self.read(name, start, stop)
+
     @property
     def destination(self) -> Path:
         """The directory itself, or the one that files are copied to."""

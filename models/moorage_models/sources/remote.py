@@ -119,12 +119,21 @@ class RemoteRepository:
         head = self.heads.get(name, b"")
         if stop <= len(head):
             return head[start:stop]
-        content = persist(
-            self.hub.failures, lambda: self._request(name, start, stop), self.label, PAUSES
-        )
+        content = self.request(name, start, stop)
         if start == len(head):
             self.heads[name] = head + content
         return content
+
+    def request(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes `start .. stop` of a file, by a ranged request, of which nothing is kept."""
+
+        def ask_hub() -> bytes:
+            content = self.hub.read(name, start, stop)
+            if len(content) != stop - start:
+                raise OSError(f"{name} was answered with {len(content)} of {stop - start} bytes")
+            return content
+
+        return persist(self.hub.failures, ask_hub, self.label, PAUSES)
 
     @property
     def destination(self) -> Path:
@@ -238,17 +247,14 @@ class RemoteRepository:
             progress.restart()
             return self.hub.bring(name, path, progress)
 
-        stated = persist(self.hub.failures, download, self.label, PAUSES)
+        if file.verified_ns and path.exists():  # by another process, since this one has opened
+            stated = ""
+        else:
+            stated = persist(self.hub.failures, download, self.label, PAUSES)
         file = RemoteFile(file.size, file.digest or stated, file.verified_ns)
         verified = verify(path, name, file, self.hub.failures.title, progress.advance)
         progress.finish()
         return verified
-
-    def _request(self, name: str, start: int, stop: int) -> bytes:
-        content = self.hub.read(name, start, stop)
-        if len(content) != stop - start:
-            raise OSError(f"{name} was answered with {len(content)} of {stop - start} bytes")
-        return content
 
     def _require_space(self, wanted: Mapping[str, RemoteFile]) -> None:
         """Refuses what cannot fit, before it is fetched."""

@@ -133,6 +133,10 @@ class Repository(Protocol):
         """The bytes `start .. stop` of a file, without fetching the rest where that is possible."""
         ...
 
+    def request(self, name: str, start: int, stop: int) -> bytes:
+        """As `read`, for who reads most of a file: nothing is kept of it."""
+        ...
+
     @property
     def destination(self) -> Path:
         """The folder that `fetch` puts the files into."""

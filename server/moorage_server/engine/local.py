@@ -19,6 +19,7 @@ from moorage_models.automodel import load, placer_for
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.ring import WINDOW_BYTES
 from moorage_server.engine.api import Batch, Bucket, Device, EngineInfo
 from moorage_server.engine.programs import Programs, compile_programs
 
@@ -38,15 +39,31 @@ class _Loaded:
 class LocalEngine:
     """Owns a mesh of this process's devices."""
 
-    def __init__(self, mesh: Mesh, buckets: Sequence[Bucket]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        buckets: Sequence[Bucket],
+        *,
+        window: int = WINDOW_BYTES,
+        stream: bool = False,
+    ) -> None:
+        """Makes an engine without models.
+
+        Args:
+            mesh: The mesh, axes Auto.
+            buckets: The shapes that are compiled for every model.
+            window: Bytes of host memory that a load may take beyond the model.
+            stream: Whether weights go from hubs to the devices without a copy on this machine.
+        """
         self._mesh = mesh
+        self._stream = stream
         self._buckets = tuple(sorted(buckets))
         self._models: dict[str, _Loaded] = {}
         self._programs: OrderedDict[object, Programs] = OrderedDict()
         self._lock = threading.Lock()
         devices = tuple(Device(d.id, d.device_kind) for d in mesh.devices.flat)
         platform = str(mesh.devices.flat[0].platform)
-        self._placer = placer_for(mesh, _host_bytes() // _KEPT_FRACTION)
+        self._placer = placer_for(mesh, _host_bytes() // _KEPT_FRACTION, window)
         self._info = EngineInfo(platform, devices, dict(mesh.shape), self._buckets)
 
     def info(self) -> EngineInfo:
@@ -58,7 +75,9 @@ class LocalEngine:
         with ThreadPoolExecutor(1, "programs") as pool:
             programs = pool.submit(self._compile, checkpoint, monitor)
             try:
-                params, _ = load(checkpoint, self._mesh, monitor, self._placer)
+                params, _ = load(
+                    checkpoint, self._mesh, monitor, self._placer, stream=self._stream
+                )
                 self._models[handle] = _Loaded(params, programs.result())
             except BaseException:
                 monitor.cancel()
