@@ -72,22 +72,30 @@ class Gcs(Loopback[Request]):
     Attributes:
         url: Where it serves.
         server: The server behind it.
+        page: Objects of a page of a listing.
     """
 
     def __init__(self, server: str) -> None:
         super().__init__(_Handler)
         (self.url,) = self.urls
         self.server = server
+        self.page = 1000
 
-    def put(self, bucket: str, objects: Mapping[str, bytes]) -> None:
-        """Writes objects, and makes the bucket if it is not there; not through the proxy."""
+    def put(self, bucket: str, objects: Mapping[str, bytes], encoding: str = "") -> None:
+        """Writes objects, and makes the bucket if it is not there; not through the proxy.
+
+        Args:
+            bucket: The bucket.
+            objects: Contents by name.
+            encoding: The Content-Encoding that they are stored with.
+        """
         try:
             self._post("/storage/v1/b?project=p", json.dumps({"name": bucket}).encode())
         except urllib.error.HTTPError as error:
             error.close()
         for name, content in objects.items():
             path = f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={quote(name, safe='')}"
-            self._post(path, content)
+            self._post(path + (f"&contentEncoding={encoding}" if encoding else ""), content)
 
     def delete(self, bucket: str, name: str) -> None:
         """Removes an object."""
@@ -116,10 +124,9 @@ class _Handler(Handler):
 
     def _ask_server(self) -> tuple[int, dict[str, str], bytes]:
         host = self.hub.server.removeprefix("http://")
+        path = re.sub(r"maxResults=\d+", f"maxResults={self.hub.page}", self.path)
         with closing(http.client.HTTPConnection(host, timeout=10)) as server:
-            server.request(
-                "GET", self.path, headers={"Range": self.headers.get("Range", "bytes=0-")}
-            )
+            server.request("GET", path, headers={"Range": self.headers.get("Range", "bytes=0-")})
             with server.getresponse() as response:
                 headers = {k.lower(): v for k, v in response.getheaders() if k.lower() in _PASSED}
                 return response.status, headers, response.read()
@@ -136,7 +143,6 @@ class _Handler(Handler):
         for key, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(sent)
-        self.wfile.flush()
+        self.send_body(sent)
         if fault.stall is not None:
             self.hub.closed.wait()

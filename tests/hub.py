@@ -210,7 +210,7 @@ class _Handler(Handler):
         for key, value in ({"Content-Length": str(length)} | headers).items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(content)
+        self.send_body(content)
         if stalls:
             self.hub.closed.wait()
 

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,6 @@ ACCOUNTS = {
 }
 
 PAGE_FILES = 25
-_PIECE_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,6 @@ class Kaggle(Loopback[Request]):
 
     Attributes:
         variations: By `owner/model/FRAMEWORK/variation`, the framework as the API writes it.
-        pause: Seconds between the pieces of a file.
         ranges: Whether the storage answers with ranges.
     """
 
@@ -76,7 +73,6 @@ class Kaggle(Loopback[Request]):
         super().__init__(_Handler, ("127.0.0.1", "localhost"))
         self.url, self.storage = self.urls
         self.variations: dict[str, Variation] = {}
-        self.pause = 0.0
         self.ranges = True
 
     def push(self, handle: str, files: Mapping[str, bytes]) -> Variation:
@@ -178,8 +174,6 @@ class _Handler(Handler):
             for key, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(key, value)
             self.end_headers()
-            for start in range(0, len(content), _PIECE_BYTES):
-                self.wfile.write(content[start : start + _PIECE_BYTES])
-                time.sleep(self.hub.pause)
+            self.send_body(content)
         if stalls:
             self.hub.closed.wait()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 Headers = dict[str, str]
+
+_PIECE_BYTES = 1 << 12
 
 
 @dataclass
@@ -64,12 +67,19 @@ class Loopback(Generic[R]):
         urls: Where it serves, one a host name.
         faults: What goes wrong.
         log: The requests, in the order in which their answers began.
+        pause: Seconds between the pieces of a body.
+        most: Bytes of all bodies after which each stalls.
+        spent: Set once one does.
         closed: Ends what stalls.
     """
 
     def __init__(self, handler: type[Handler], hosts: Sequence[str] = ("127.0.0.1",)) -> None:
         self.faults: list[Fault] = []
         self.log: list[R] = []
+        self.pause = 0.0
+        self.most = 1 << 60
+        self.spent = threading.Event()
+        self._counting = threading.Lock()
         self.closed = threading.Event()
         own = type("Handler", (handler,), {"hub": self})
         self._servers = [_Server(("127.0.0.1", 0), own) for _ in hosts]
@@ -95,6 +105,13 @@ class Loopback(Generic[R]):
         """Bytes of body that were sent to requests that match."""
         return sum(r.sent for r in self.log if fnmatch.fnmatchcase(r.line, pattern))
 
+    def allowed(self, count: int) -> int:
+        """How many of a body's next bytes may be sent, which then count."""
+        with self._counting:
+            count = min(count, self.most)
+            self.most -= count
+        return count
+
     def next_fault(self, line: str) -> Fault:
         """What goes wrong with a request: nothing, if no fault is left for it."""
         for fault in self.faults:
@@ -118,5 +135,18 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    hub: Loopback[Any]
+
     def log_message(self, *args: Any) -> None:
         pass
+
+    def send_body(self, content: bytes) -> None:
+        """Sends a body at the service's pace, and no more than it may send."""
+        for start in range(0, len(content), _PIECE_BYTES):
+            piece = content[start : start + _PIECE_BYTES]
+            count = self.hub.allowed(len(piece))
+            self.wfile.write(piece[:count])
+            if count < len(piece):
+                self.hub.spent.set()
+                self.hub.closed.wait()
+            time.sleep(self.hub.pause)

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +51,16 @@ class ServerThread:
         self._loop.call_soon_threadsafe(self._stop.set)
 
 
+SOURCES = (ModelSource.HUGGINGFACE, ModelSource.INTERNAL, ModelSource.MAXTEXT)
+
+
 @contextmanager
-def serving(engine: Engine, *roots: Path) -> Iterator[ServerThread]:
+def serving(
+    engine: Engine, *roots: Path, sources: Sequence[ModelSource] = SOURCES
+) -> Iterator[ServerThread]:
     """Serves directories under some roots; fails if asyncio complains of anything."""
     server = ServerThread(engine)
-    policy = Policy((ModelSource.HUGGINGFACE, ModelSource.INTERNAL, ModelSource.MAXTEXT), roots)
+    policy = Policy(tuple(sources), roots)
     thread = threading.Thread(target=lambda: asyncio.run(server.run(policy)), name="server")
     thread.start()
     server.wait_until_started()

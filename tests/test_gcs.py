@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
 
+import hubs
 from downloads import contents, fetch, no_thread_fetches, seconds_to_cancel, sharded, until
 from gcs import Gcs, fake_gcs_server
 from loopback import Fault
@@ -37,15 +38,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def gcs(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gcs]:
-    """The proxy that the client goes to, with an empty cache; small pieces and short waits."""
-    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "XDG_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("MOORAGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(source, "_PIECE_BYTES", 10_000)
-    monkeypatch.setattr(source, "_PIECE_PAUSES", ())  # else it would hide whose attempt it is
-    with Gcs(server) as gcs:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)
+    with hubs.bucket(monkeypatch, tmp_path, server) as gcs:
         yield gcs
 
 
@@ -166,6 +159,35 @@ def test_a_folder_with_too_many_objects_is_refused(
     fetch(open_it(pushed))
 
 
+def test_a_listing_of_several_pages_is_read_to_its_end(
+    gcs: Gcs, bucket: str, pushed: str, files: dict[str, bytes]
+) -> None:
+    gcs.page = 2
+    assert contents(fetch(open_it(pushed))) == files
+    assert open_it(pushed).repository.files.keys() == files.keys() | STRAYS.keys() - {"sub/"}
+    assert ["pageToken" in r.query for r in gcs.log if r.line.startswith("LIST")][:3] == [
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "README.md"])
+def test_an_object_that_is_stored_compressed_is_refused_if_it_is_needed(
+    gcs: Gcs, bucket: str, pushed: str, files: dict[str, bytes], name: str
+) -> None:
+    plain = (files | STRAYS)[name]
+    gcs.put(bucket, {f"models/one/{name}": gzip.compress(plain)}, encoding="gzip")
+    if name in STRAYS:
+        assert contents(fetch(open_it(pushed))) == files
+        return
+    error = refusal(pushed)
+    assert error.reason is Reason.CHECKPOINT_UNSUPPORTED
+    assert f"{name} is stored with Content-Encoding gzip: upload it again" in error.message
+    push(gcs, bucket, {name: plain})
+    assert contents(fetch(open_it(pushed))) == files
+
+
 def test_the_policy_says_what_may_be_read(gcs: Gcs, bucket: str, pushed: str) -> None:
     other = Policy(places=("gcs:other/*", f"huggingface:{bucket}/*"))
     assert refusal(pushed, "", other).reason is Reason.SOURCE_NOT_ALLOWED
@@ -281,40 +303,11 @@ def test_an_object_that_changes_under_way_is_corrupt(
     assert contents(fetch(open_it(pushed))) == files
 
 
-FAULTS = [
-    ({"cut": 100}, Reason.SOURCE_UNAVAILABLE, "try later"),
-    ({"stall": 100}, Reason.SOURCE_UNAVAILABLE, "try later"),
-    ({"length": 100}, Reason.SOURCE_UNAVAILABLE, "try later"),
-    ({"status": 429}, Reason.SOURCE_UNAVAILABLE, "429: try later"),
-    ({"status": 500}, Reason.SOURCE_UNAVAILABLE, "500: try later"),
-    ({"status": 503}, Reason.SOURCE_UNAVAILABLE, "503: try later"),
-    ({"status": 403}, Reason.SOURCE_AUTH_REQUIRED, "roles/storage.objectViewer"),
-    ({"status": 400}, Reason.CHECKPOINT_NOT_FOUND, "check the bucket"),
-]
-
-
-@pytest.mark.parametrize("pattern", ["LIST *", "GET *config.json", WEIGHTS])
-@pytest.mark.parametrize(("fault", "reason", "says"), FAULTS)
-def test_a_bucket_that_fails_is_told_until_it_answers(
-    gcs: Gcs,
-    pushed: str,
-    files: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    pattern: str,
-    fault: dict[str, int],
-    reason: Reason,
-    says: str,
-) -> None:
-    monkeypatch.setattr(gcs_prefix, "_TIMEOUT", (1.0, 0.1))
-    checkpoint = open_it(pushed) if pattern == WEIGHTS else None
-    gcs.faults.append(Fault(pattern, **fault))
-    with pytest.raises(ModelError) as caught:
-        fetch(checkpoint or open_it(pushed))
-    assert caught.value.reason is reason
-    assert says in caught.value.message
-    assert "secret" not in caught.value.message
-    gcs.faults.clear()
-    assert contents(fetch(checkpoint or open_it(pushed))) == files
+def test_a_bucket_that_refuses_a_request_is_told(gcs: Gcs, pushed: str) -> None:
+    gcs.faults.append(Fault("LIST *", status=400))
+    error = refusal(pushed)
+    assert error.reason is Reason.CHECKPOINT_NOT_FOUND
+    assert "check the bucket" in error.message
 
 
 def test_a_download_goes_on_where_an_earlier_one_ended(
@@ -351,30 +344,7 @@ def test_a_piece_that_fails_is_asked_for_again_before_the_file_is(
     assert sum(count for count in monitor.counts if count < 0) == -5000
 
 
-def test_an_object_that_is_damaged_on_the_way_is_corrupt_and_fetched_again(
-    gcs: Gcs, pushed: str, files: dict[str, bytes]
-) -> None:
-    checkpoint = open_it(pushed)
-    gcs.faults.append(Fault("GET *00002.safetensors", flip=-1, times=1))
-    with pytest.raises(ModelError, match="not what Google Cloud Storage states") as caught:
-        fetch(checkpoint)
-    assert caught.value.reason is Reason.CHECKPOINT_CORRUPT
-    assert contents(fetch(checkpoint)) == files
-
-
 # Credentials
-
-
-def test_a_bucket_that_is_not_public_needs_a_credential(
-    gcs: Gcs, pushed: str, files: dict[str, bytes]
-) -> None:
-    gcs.faults.append(Fault("LIST *", status=401))
-    error = refusal(pushed)
-    assert error.reason is Reason.SOURCE_AUTH_REQUIRED
-    assert "not public" in error.message
-    assert "roles/storage.objectViewer" in error.message
-    gcs.faults.clear()
-    assert contents(fetch(open_it(pushed))) == files
 
 
 @pytest.mark.parametrize(
@@ -453,3 +423,13 @@ def test_a_cancelled_load_ends_at_once_and_the_next_is_whole(
     gcs.closed.set()  # now the threads end, and ask for nothing again
     until(no_thread_fetches)
     assert gcs.log == []
+
+
+def test_a_cancel_ends_a_listing_that_stalls(gcs: Gcs, pushed: str) -> None:
+    repository = open_it(pushed).repository
+    repository.fetch([], LoadMonitor())
+    warm = open_it(pushed, repository.revision)  # which lists only to fetch what is lacking
+    gcs.faults.append(Fault("LIST *", stall=0))
+    assert 0.3 <= seconds_to_cancel(warm) < 1.3
+    gcs.closed.set()
+    until(no_thread_fetches)

@@ -25,7 +25,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 import downloads
-from downloads import fetch, no_thread_fetches, seconds_to_cancel, sharded, until
+import hubs
+from downloads import fetch, no_thread_fetches, sharded, until
 from hub import Hub
 from loopback import Fault
 from moorage_models.automodel import AutoModel, load
@@ -62,22 +63,8 @@ STRAYS = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that the client goes to, with an empty cache; what waits, waits no time."""
-    no_wait = SimpleNamespace(sleep=lambda _: None, time=time.time, monotonic=time.monotonic)
-    with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
-        monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-        monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
+    with hubs.huggingface(monkeypatch, tmp_path) as hub:
         yield hub
-        huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="module")
@@ -546,16 +533,6 @@ def test_offline_without_the_checkpoint_says_so_at_once(
     assert "HF_HUB_OFFLINE" in error.message
 
 
-@pytest.mark.parametrize("pattern", ["GET /api/*", "GET /org/*/config.json", "GET /cdn/*"])
-def test_a_hub_that_hangs_is_unavailable(
-    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, pattern: str
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    hub.push(ID, files)
-    hub.faults.append(Fault(pattern, stall=5))
-    assert refusal().reason is Reason.SOURCE_UNAVAILABLE
-
-
 @pytest.mark.parametrize(
     ("error", "says"),
     [
@@ -757,16 +734,6 @@ def test_progress_reaches_its_total_and_never_passes_it(
     )
     stage = monitor.stages()["fetch"]
     assert (stage.done, stage.total) == (total, total)
-
-
-@pytest.mark.parametrize("pattern", ["HEAD /org/*", "GET /cdn/*"])
-def test_a_cancelled_load_ends_at_once(hub: Hub, files: dict[str, bytes], pattern: str) -> None:
-    hub.push(ID, files)
-    checkpoint = open_it()
-    hub.faults.append(Fault(pattern, stall=5))
-    assert (
-        0.3 <= seconds_to_cancel(checkpoint) < 4
-    )  # two workers on two cores; the stall is far longer
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["cancelled", "failed"])

@@ -215,7 +215,8 @@ class ModelCache:
 
     def stop(self) -> None:
         """Cancels what is being loaded or fetched, for the process is about to end."""
-        for monitor in [m.monitor for m in self.models()] + [m for _, m in self._resolving.values()]:
+        looks = [monitor for _, monitor in self._resolving.values()]
+        for monitor in looks + [model.monitor for model in self.models()]:
             monitor.cancel()
 
     async def _join(self, request: ModelRequest) -> Model:

@@ -7,7 +7,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +30,6 @@ _PATH = re.compile(r"gs://([a-z0-9][a-z0-9._-]+[a-z0-9])/(.+?)/?")
 _REVISION = re.compile(r"[0-9a-f]{16}")
 _PIECE_BYTES = 32 << 20
 _PARALLEL_PIECES = 4  # of each file that is fetched; so many are in memory
-_POLL_SECONDS = 0.1
 _PIECE_PAUSES = (0.5,)  # seconds before the further attempt that each of thousands may need
 
 
@@ -116,9 +115,9 @@ class CloudStorage:
             for at in range(start, progress.size, _PIECE_BYTES):
                 coming.append(pool.submit(piece, at))
                 if len(coming) == _PARALLEL_PIECES:
-                    file.write(_result(coming.popleft(), progress))
+                    file.write(progress.wait(coming.popleft()))
             while coming:
-                file.write(_result(coming.popleft(), progress))
+                file.write(progress.wait(coming.popleft()))
         finally:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -127,11 +126,19 @@ class CloudStorage:
         """The generation of a file; lists the objects if the revision was opened without.
 
         Raises:
-            ModelError: CHECKPOINT_NOT_FOUND if the objects are another revision's by now.
+            ModelError: CHECKPOINT_NOT_FOUND if the objects are another revision's by now;
+                CHECKPOINT_UNSUPPORTED if the object is stored compressed.
         """
         if not self.objects:
             self.objects.update(_require(self.prefix, self.prefix.objects(), self.revision))
-        return self.objects[name].generation
+        found = self.objects[name]
+        if found.encoding not in {"", "identity"}:
+            raise ModelError(
+                Reason.CHECKPOINT_UNSUPPORTED,
+                f"gs://{self.prefix.key}/{name} is stored with Content-Encoding {found.encoding}: "
+                "upload it again without (gcloud storage cp without --gzip-local)",
+            )
+        return found.generation
 
 
 def open_bucket(request: ModelRequest, policy: Policy) -> RemoteRepository:
@@ -172,14 +179,6 @@ def open_bucket(request: ModelRequest, policy: Policy) -> RemoteRepository:
     if held and request.revision:
         return at(last, held, {})
     return ask(FAILURES, current, f"gs://{prefix.key}", at(last, held, {}) if held else None)
-
-
-def _result(piece: Future[bytes], progress: FileProgress) -> bytes:
-    """Waits for a piece as long as the load goes on: one that stalls is left to its thread."""
-    while not piece.done():
-        progress.check()
-        wait([piece], _POLL_SECONDS)
-    return piece.result()
 
 
 def _prefix(request: ModelRequest) -> Prefix:

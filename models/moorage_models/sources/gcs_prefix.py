@@ -97,10 +97,12 @@ class Object:
     Attributes:
         generation: Its generation: another one is another content.
         file: Its size and digest.
+        encoding: Its Content-Encoding; empty for none.
     """
 
     generation: int
     file: RemoteFile
+    encoding: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Prefix:
             self.bucket,
             prefix=f"{self.name}/",
             max_results=_MAX_OBJECTS + 1,
-            fields="items(name,size,crc32c,generation),nextPageToken",
+            fields="items(name,size,crc32c,generation,contentEncoding),nextPageToken",
             timeout=_TIMEOUT,
             retry=None,
         )
@@ -223,7 +225,7 @@ class Prefix:
 
 def _object(blob: Any) -> Object:
     digest = f"crc32c:{base64.b64decode(blob.crc32c).hex()}" if blob.crc32c else ""
-    return Object(blob.generation, RemoteFile(blob.size, digest))
+    return Object(blob.generation, RemoteFile(blob.size, digest), blob.content_encoding or "")
 
 
 def _changed(name: str) -> ModelError:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 from kagglehub.config import get_cache_folder
@@ -73,31 +75,32 @@ class Kaggle:
     def bring(self, name: str, target: Path, progress: FileProgress) -> str:
         """Downloads a file, unless it is there, and returns the digest that the storage states.
 
-        Each byte is written where it belongs: a thread that was given up and still writes can
-        only write what is there.
+        A thread of its own asks Kaggle: once the load is over, one that stalls is left behind, and
+        does not keep the file.
         """
-        if target.exists() and target.stat().st_size == progress.size:
-            return self._stated(name, progress.size)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = target.with_name(target.name + _PARTIAL)
-        partial_file.touch()
-        done = partial_file.stat().st_size
-        done = done if done < progress.size else 0
-        with (
-            open(partial_file, "r+b") as file,
-            self._opened(name, f"bytes={done}-" if done else "") as response,
-        ):
-            start = done if response.status_code == 206 else 0
-            file.truncate(start)
-            file.seek(start)
-            progress.advance(start)
-            for piece in response.iter_content(_PIECE_BYTES):
-                progress.advance(len(piece))
-                file.write(piece)
-            if file.tell() != progress.size:
-                count = file.tell()
-                file.truncate(0)
-                raise OSError(f"{name} was sent with {count} of {progress.size} bytes")
+        with _apart(progress) as (apart, opened):
+            if target.exists() and target.stat().st_size == progress.size:
+                return str(apart(self._stated, name, progress.size))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial_file = target.with_name(target.name + _PARTIAL)
+            partial_file.touch()
+            done = partial_file.stat().st_size
+            done = done if done < progress.size else 0
+            asked = f"bytes={done}-" if done else ""
+            with open(partial_file, "r+b") as file:
+                response = apart(opened.enter_context, self._opened(name, asked))
+                start = done if response.status_code == 206 else 0
+                file.truncate(start)
+                file.seek(start)
+                progress.advance(start)
+                pieces = response.iter_content(_PIECE_BYTES)
+                while piece := apart(next, pieces, b""):
+                    progress.advance(len(piece))
+                    file.write(piece)
+                if file.tell() != progress.size:
+                    count = file.tell()
+                    file.truncate(0)
+                    raise OSError(f"{name} was sent with {count} of {progress.size} bytes")
         os.replace(partial_file, target)
         return _digest(response)
 
@@ -106,7 +109,7 @@ class Kaggle:
         return False
 
     def abort(self) -> None:
-        """Does nothing: all is moved in the threads that call `bring`."""
+        """Does nothing: `bring` does not wait for what stalls."""
 
     def sweep(self) -> None:
         """Removes half-fetched files that this version cannot go on with."""
@@ -216,6 +219,21 @@ def _known(home: Path) -> list[int]:
     complete = {path.stem for path in home.glob("*.complete")}
     newest = sorted((int(name) for name in complete if _VERSION.fullmatch(name)), reverse=True)
     return [int(last), *newest] if _VERSION.fullmatch(last) else newest
+
+
+@contextmanager
+def _apart(progress: FileProgress) -> Iterator[tuple[Callable[..., Any], ExitStack]]:
+    """Has things done in another thread, which is left behind if it stalls as the load ends.
+
+    Yields:
+        What waits for an action in that thread, and the stack of what that thread closes.
+    """
+    pool, opened = ThreadPoolExecutor(1, "fetch-read"), ExitStack()
+    try:
+        yield lambda action, *args: progress.wait(pool.submit(action, *args)), opened
+    finally:
+        pool.submit(opened.close)
+        pool.shutdown(wait=False)
 
 
 def _digest(response: requests.Response) -> str:

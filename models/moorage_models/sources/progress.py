@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     Tqdm = tqdm[Any]
 else:
     Tqdm = tqdm  # takes no type parameters at run time
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.1
 
 
 class FileProgress:
@@ -53,6 +58,13 @@ class FileProgress:
         self.monitor.check()
         if self.over.is_set():
             raise ModelError(Reason.LOAD_CANCELLED, "the load has failed")
+
+    def wait(self, future: Future[T]) -> T:
+        """Waits for another thread as long as the load goes on: then one that stalls is left."""
+        while not future.done():
+            self.check()
+            wait([future], _POLL_SECONDS)
+        return future.result()
 
     def bar(self) -> type[Tqdm]:
         """A class of silent progress bars through which the hub's client tells of its bytes."""

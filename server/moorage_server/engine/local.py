@@ -75,9 +75,7 @@ class LocalEngine:
         with ThreadPoolExecutor(1, "programs") as pool:
             programs = pool.submit(self._compile, checkpoint, monitor)
             try:
-                params, _ = load(
-                    checkpoint, self._mesh, monitor, self._placer, stream=self._stream
-                )
+                params, _ = load(checkpoint, self._mesh, monitor, self._placer, stream=self._stream)
                 self._models[handle] = _Loaded(params, programs.result())
             except BaseException:
                 monitor.cancel()
