@@ -58,9 +58,9 @@ class Spy(LocalFiles):
         self.note(name, offset, len(target))
         super().read(name, offset, target)
 
-    def scatter(self, name: str, offset: int, columns: Sequence[np.ndarray]) -> None:
-        self.note(name, offset, sum(array.size for array in columns))
-        super().scatter(name, offset, columns)
+    def scatter(self, name: str, offset: int, groups: Sequence[Sequence[np.ndarray]]) -> None:
+        self.note(name, offset, sum(array.size for group in groups for array in group))
+        super().scatter(name, offset, groups)
 
     def lend(self, name: str, offset: int, nbytes: int) -> np.ndarray:
         self.note(name, offset, nbytes)

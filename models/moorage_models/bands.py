@@ -62,9 +62,19 @@ def bands(pieces: Iterable[Piece], parts: Iterable[Bounds]) -> Iterator[Band]:
         tensor, axis = piece.tensor, len(piece.index)
         ranges = {part[axis] for part in parts if holds(part, piece.index)}
         step = max(1, READ_BYTES // max(1, _row_bytes(tensor)))
-        for start, stop in sorted(ranges):
+        for start, stop in _joined(ranges):
             for row in range(start, stop, step):
                 yield Band(tensor, piece.index, row, min(row + step, stop))
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those that follow one another made one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined
 
 
 def boxes(shape: Sequence[int], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -139,38 +149,51 @@ def fill(band: Band, parts: Parts, reader: Reader, monitor: LoadMonitor) -> None
 
 
 def _copy(band: Band, parts: Parts, reader: Reader) -> None:
-    tensor, targets = band.tensor, list(_targets(band, parts))
-    stored, whole = numpy_dtype(tensor.dtype), (band.stop - band.start, *tensor.shape[1:])
-    as_stored = all(target.dtype == stored for target, _ in targets)
-    if as_stored and targets[0][0].shape == whole and len(targets) == 1:
-        reader.read(tensor.file, band.offset, _as_bytes(targets[0][0]))
+    tensor, targets = band.tensor, _targets(band, parts)
+    stored = numpy_dtype(tensor.dtype)
+    as_stored = all(t.dtype == stored for group in targets.values() for t, _ in group)
+    if as_stored and all(_tile([c for _, c in g], tensor.shape[1:]) for g in targets.values()):
+        groups = [_as_rows([target for target, _ in group]) for group in targets.values()]
+        reader.scatter(tensor.file, band.offset, groups)
         return
-    if as_stored and _tile([columns for _, columns in targets], whole):
-        columns = [target.view(np.uint8) for target, _ in targets]
-        reader.scatter(tensor.file, band.offset, columns)
-        return
-    rows = reader.lend(tensor.file, band.offset, band.nbytes).view(stored).reshape(whole)
-    for target, where in targets:
-        target[...] = rows[(slice(None), *where)].astype(target.dtype, copy=False)
+    run = reader.lend(tensor.file, band.offset, band.nbytes).view(stored)
+    rows = run.reshape(band.stop - band.start, *tensor.shape[1:])
+    for (start, stop), group in targets.items():
+        for target, where in group:
+            part = rows[(slice(start - band.start, stop - band.start), *where)]
+            target[...] = part.astype(target.dtype, copy=False)
 
 
 def _tile(columns: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> bool:
-    """Whether ranges of columns, in order, make up whole rows of a matrix."""
-    if len(shape) != 2:
+    """Whether ranges of columns, in order, make up whole rows."""
+    if len(columns) == 1:
+        return [(c.start, c.stop) for c in columns[0]] == [(0, size) for size in shape]
+    if len(shape) != 1:
         return False
     edges = [edge for (part,) in columns for edge in (part.start, part.stop)]
-    return edges[::2] == [0, *edges[1:-1:2]] and edges[-1] == shape[1]
+    return edges[::2] == [0, *edges[1:-1:2]] and edges[-1] == shape[0]
 
 
-def _targets(band: Band, parts: Parts) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
-    """What each part holds of a band: its rows of the part, and which columns they are."""
+def _targets(
+    band: Band, parts: Parts
+) -> dict[tuple[int, int], list[tuple[np.ndarray, tuple[slice, ...]]]]:
+    """What the parts hold of a band.
+
+    Returns:
+        By ranges of the tensor's rows, in order: the rows of each part that holds some of them,
+        and which columns those are.
+    """
     axis = len(band.index)
+    targets: dict[tuple[int, int], list[tuple[np.ndarray, tuple[slice, ...]]]] = {}
     for bounds, array in sorted(parts.items()):
         first, last = bounds[axis]
-        if holds(bounds, band.index) and first <= band.start and band.stop <= last:
-            place = tuple(i - start for i, (start, _) in zip(band.index, bounds, strict=False))
+        start, stop = max(first, band.start), min(last, band.stop)
+        if start < stop and holds(bounds, band.index):
+            place = tuple(i - low for i, (low, _) in zip(band.index, bounds, strict=False))
             columns = tuple(slice(*pair) for pair in bounds[axis + 1 :])
-            yield array[place][band.start - first : band.stop - first], columns
+            rows = array[place][start - first : stop - first]
+            targets.setdefault((start, stop), []).append((rows, columns))
+    return dict(sorted(targets.items()))
 
 
 def holds(bounds: Bounds, index: Sequence[int]) -> bool:
@@ -182,5 +205,8 @@ def _row_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
 
 
-def _as_bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+def _as_rows(columns: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The bytes of arrays side by side; an array that is alone is one row."""
+    if len(columns) == 1:
+        return [columns[0].reshape(1, -1).view(np.uint8)]
+    return [array.view(np.uint8) for array in columns]

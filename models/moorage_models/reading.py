@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from moorage_models.arena import Arena
 from moorage_models.errors import ModelError, Reason
 
 #: Bytes of one read; a multiple of the alignment.
@@ -83,14 +83,15 @@ class Reader(Protocol):
         """
         ...
 
-    def scatter(self, name: str, offset: int, columns: Sequence[np.ndarray]) -> None:
-        """Fills arrays that lie side by side, row by row, from one run of a file.
+    def scatter(self, name: str, offset: int, groups: Sequence[Sequence[np.ndarray]]) -> None:
+        """Fills arrays from one run of a file.
 
         Args:
             name: The file.
             offset: Where in it.
-            columns: `uint8[rows, width]` each; the widths may differ, and the rows of each are
-                contiguous.
+            groups: `uint8[rows, width]` each, whose rows are contiguous. Those of a group lie side
+                by side in the file, row by row: the widths may differ. The groups follow one
+                another; together they are at most `READ_BYTES`, or one row.
 
         Raises:
             ModelError: As `read`.
@@ -129,6 +130,7 @@ class LocalFiles:
         self._open: dict[str, _File] = {}
         self._lock = threading.Lock()
         self._thread = threading.local()
+        self._arena = Arena()
 
     def __enter__(self) -> LocalFiles:
         return self
@@ -142,35 +144,30 @@ class LocalFiles:
         for start in range(0, len(target), READ_BYTES):
             part = target[start : start + READ_BYTES]
             with self._file(name) as file:
-                if file.is_cached(offset + start):
+                if file.is_cached(offset + start, len(part)):
                     file.read(offset + start, part)
                 else:
                     part[:] = file.read_directly(offset + start, len(part), self._staging())
 
-    def scatter(self, name: str, offset: int, columns: Sequence[np.ndarray]) -> None:
-        """Fills arrays that lie side by side, row by row, from one run of a file."""
-        rows, width = len(columns[0]), sum(array.shape[1] for array in columns)
-        step = max(1, min(_MAX_PIECES // len(columns), READ_BYTES // width))
-        for row in range(0, rows, step):
-            part = [array[row : row + step] for array in columns]
-            start, size = offset + row * width, len(part[0]) * width
-            with self._file(name) as file:
-                if file.is_cached(start) and file.scatter(start, size, part):
-                    continue
-            spread(self.lend(name, start, size), part)
+    def scatter(self, name: str, offset: int, groups: Sequence[Sequence[np.ndarray]]) -> None:
+        """Fills arrays from one run of a file."""
+        nbytes = sum(array.size for group in groups for array in group)
+        with self._file(name) as file:
+            cached = file.is_cached(offset, nbytes)
+            if not (cached and file.scatter(offset, nbytes, groups)):
+                spread(self._run(file, offset, nbytes, cached), groups)
 
     def lend(self, name: str, offset: int, nbytes: int) -> np.ndarray:
         """The bytes of a file from `offset` on, in memory that is the reader's."""
-        if nbytes > READ_BYTES:
-            target = np.empty(nbytes, np.uint8)
-            self.read(name, offset, target)
-            return target
         with self._file(name) as file:
-            if not file.is_cached(offset):
-                return file.read_directly(offset, nbytes, self._staging())
-            target = self._staging()[:nbytes]
-            file.read(offset, target)
-            return target
+            return self._run(file, offset, nbytes, file.is_cached(offset, nbytes))
+
+    def _run(self, file: _File, offset: int, nbytes: int, cached: bool) -> np.ndarray:
+        if nbytes <= READ_BYTES and not cached:
+            return file.read_directly(offset, nbytes, self._staging())
+        run = self._staging()[:nbytes] if nbytes <= READ_BYTES else np.empty(nbytes, np.uint8)
+        file.read(offset, run)
+        return run
 
     def check_unchanged(self) -> None:
         """Refuses files that were written or replaced while they were read.
@@ -197,19 +194,22 @@ class LocalFiles:
     def _staging(self) -> np.ndarray:
         """A buffer of this thread that is aligned for reads past the page cache."""
         if not hasattr(self._thread, "staging"):
-            buffer = mmap.mmap(-1, READ_BYTES + 2 * _ALIGNMENT)
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-            self._thread.staging = np.frombuffer(buffer, np.uint8)
+            # In huge pages: a disk is asked for less at a time where memory is scattered.
+            self._thread.staging = self._arena.allocate(READ_BYTES + 2 * _ALIGNMENT)
         staging: np.ndarray = self._thread.staging
         return staging
 
 
-def spread(run: np.ndarray, columns: Sequence[np.ndarray]) -> None:
-    """Copies a run of bytes to arrays that lie side by side in it, row by row."""
-    rows = run.reshape(len(columns[0]), -1)
-    ends = itertools.accumulate(array.shape[1] for array in columns)
-    for array, end in zip(columns, ends, strict=True):
-        array[:] = rows[:, end - array.shape[1] : end]
+def spread(run: np.ndarray, groups: Sequence[Sequence[np.ndarray]]) -> None:
+    """Copies a run of bytes to the arrays that it is for, as `Reader.scatter` has them."""
+    done = 0
+    for group in groups:
+        size = sum(array.size for array in group)
+        rows = run[done : done + size].reshape(len(group[0]), -1)
+        ends = itertools.accumulate(array.shape[1] for array in group)
+        for array, end in zip(group, ends, strict=True):
+            array[:] = rows[:, end - array.shape[1] : end]
+        done += size
 
 
 class _File:
@@ -236,15 +236,15 @@ class _File:
         except OSError:
             return False
 
-    def is_cached(self, offset: int) -> bool:
-        """Whether the page cache holds the byte at `offset`; its neighbours are taken to be as it.
+    def is_cached(self, offset: int, nbytes: int) -> bool:
+        """Whether the page cache holds a run, as its middle tells: a look may bring in its page.
 
         Where that cannot be known, or the cache cannot be passed, it is taken to.
         """
         if self._direct is None:
             return True
         try:
-            os.preadv(self._cached, [bytearray(1)], offset, os.RWF_NOWAIT)
+            os.preadv(self._cached, [bytearray(1)], offset + nbytes // 2, os.RWF_NOWAIT)
         except BlockingIOError:
             return False
         except OSError:
@@ -259,14 +259,14 @@ class _File:
                 raise _corrupt(f"{self._name} ends before its tensors do")
             done += count
 
-    def scatter(self, offset: int, nbytes: int, columns: Sequence[np.ndarray]) -> bool:
-        """Copies a run from the page cache to its places in one call; false if it ended early."""
-        pieces = np.empty((len(columns[0]), len(columns), 2), np.uint64)
-        for i, array in enumerate(columns):
-            addresses = array.ctypes.data + array.strides[0] * np.arange(len(array))
-            pieces[:, i, 0], pieces[:, i, 1] = addresses, array.shape[1]
-        count = pieces.shape[0] * pieces.shape[1]
-        return bool(_PREADV(self._cached, pieces.ctypes.data, count, offset) == nbytes)
+    def scatter(self, offset: int, nbytes: int, groups: Sequence[Sequence[np.ndarray]]) -> bool:
+        """Copies a run from the page cache to its places; false if it ended early."""
+        pieces = np.concatenate([_addresses(group) for group in groups])
+        done = 0
+        for start in range(0, len(pieces), _MAX_PIECES):
+            some = pieces[start : start + _MAX_PIECES]
+            done += _PREADV(self._cached, some.ctypes.data, len(some), offset + done)
+        return bool(done == nbytes)
 
     def read_directly(self, offset: int, nbytes: int, staging: np.ndarray) -> np.ndarray:
         """Reads the aligned run around the bytes that are wanted, past the page cache."""
@@ -282,6 +282,15 @@ class _File:
         if done < nbytes:
             self.read(offset + done, wanted[done:])
         return wanted
+
+
+def _addresses(group: Sequence[np.ndarray]) -> np.ndarray:
+    """Where the rows of a group lie in memory, and how long they are: `uint64[pieces, 2]`."""
+    pieces = np.empty((len(group[0]), len(group), 2), np.uint64)
+    for i, array in enumerate(group):
+        addresses = array.ctypes.data + array.strides[0] * np.arange(len(array))
+        pieces[:, i, 0], pieces[:, i, 1] = addresses, array.shape[1]
+    return pieces.reshape(-1, 2)
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:

@@ -43,9 +43,10 @@ class RangedFiles:
             part = target[start : start + READ_BYTES]
             part[:] = self.lend(name, offset + start, len(part))
 
-    def scatter(self, name: str, offset: int, columns: Sequence[np.ndarray]) -> None:
-        """Fills arrays that lie side by side, row by row, from one run of a file."""
-        spread(self.lend(name, offset, sum(array.size for array in columns)), columns)
+    def scatter(self, name: str, offset: int, groups: Sequence[Sequence[np.ndarray]]) -> None:
+        """Fills arrays from one run of a file."""
+        nbytes = sum(array.size for group in groups for array in group)
+        spread(self.lend(name, offset, nbytes), groups)
 
     def lend(self, name: str, offset: int, nbytes: int) -> np.ndarray:
         """The bytes of a file from `offset` on; a request that stalls ends with the load."""
