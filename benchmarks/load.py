@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,33 @@ RUNS: Mapping[str, Run] = {
 
 #: The ratios that are wanted, by the names of their lines.
 TARGETS: Mapping[str, float] = {
-    "ours: speed / read limit, recycled": 0.85,
-    "ours: speed / read limit, fresh": 0.65,
-    "ours, cold: speed / O_DIRECT limit": 0.80,
+    "ours: speed / one thread, recycled": 0.85,
+    "ours: speed / one thread, fresh": 0.65,
+    "ours, cold: speed / O_DIRECT, recycled": 0.80,
     "Tunix: time / ours, recycled": 8.0,
     "Tunix: time / ours, fresh": 6.0,
     "Orbax StandardCheckpointer: time / ours, fresh": 1.0,
     "Orbax PyTreeCheckpointer: time / ours, fresh": 1.0,
 }
 
-Result = Mapping[str, Any]
-Results = Mapping[str, Sequence[Result]]
+#: The loads of one process: seconds, CPU seconds, and the seconds of the read limit beside each.
+Loads = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run measured.
+
+    Attributes:
+        memory: Peak growth of a load of its own, in bytes.
+        rounds: The loads of each round.
+    """
+
+    memory: Mapping[str, int]
+    rounds: list[Loads]
+
+
+Results = Mapping[str, Result]
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,9 @@ def main() -> None:
     results = measure(args.only, args.rounds, pythons, folders)
     sizes = {name: recipe.nbytes(args.scale) for name, recipe in RECIPES.items()}
     if args.json:
-        args.json.write_text(json.dumps({"bytes": sizes, "results": results}, indent=1))
+        args.json.write_text(
+            json.dumps({"bytes": sizes, "results": results}, indent=1, default=asdict)
+        )
     print("| figure | median, or most of memory | spread | target | met |")
     print("| --- | --- | --- | --- | --- |")
     for line in lines(results, sizes):
@@ -117,27 +135,29 @@ def main() -> None:
 
 def measure(
     names: Sequence[str], rounds: int, pythons: Mapping[str, str], folders: Mapping[str, Path]
-) -> dict[str, list[Result]]:
+) -> dict[str, Result]:
     """Runs all in turn, so many times; one that cannot run is left out, and why is said."""
-    results: dict[str, list[Result]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in list(results):
-            print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+    results: dict[str, Result] = {}
+    for turn in range(rounds + 1):  # memory first
+        for name in names if turn == 0 else list(results):
+            print(f"round {turn} of {rounds}: {name}", file=sys.stderr, flush=True)
             run = RUNS[name]
-            result = launch(run, pythons[run.python], folders[run.checkpoint])
-            if "missing" in result:
-                print(f"{name} is left out: {result['missing']}", flush=True)
-                del results[name]
+            found = launch(run, pythons[run.python], folders[run.checkpoint], turn == 0)
+            if "missing" in found:
+                print(f"{name} is left out: {found['missing']}", flush=True)
+                results.pop(name, None)
+            elif turn == 0:
+                results[name] = Result(found, [])
             else:
-                results[name].append(result)
+                results[name].rounds.append(found)
     return results
 
 
-def launch(run: Run, python: str, folder: Path) -> Result:
+def launch(run: Run, python: str, folder: Path, memory: bool) -> Any:
     """What a process measured, or what is missing for it."""
     peers = Path(__file__).with_name("load_peers.py")
     command = [python, str(peers), run.contestant, str(folder), "--again", str(run.again)]
-    command += ["--cold"] * run.cold
+    command += ["--cold"] * run.cold + ["--memory"] * memory
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -146,61 +166,55 @@ def launch(run: Run, python: str, folder: Path) -> Result:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     if done.returncode:
         return {"missing": f"it failed with {done.stderr.strip().splitlines()[-1:]}"}
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def lines(results: Results, sizes: Mapping[str, int]) -> Iterator[Line]:
     """All figures that the results tell."""
     for name, found in results.items():
         if RUNS[name].contestant == "ours":
-            yield from _against_limit(name, found)
+            yield from _against_limit(name, found.rounds)
     for name, found in results.items():
-        ours = results.get("ours, Orbax" if RUNS[name].checkpoint == _GEMMA else "ours", [])
-        if RUNS[name].contestant != "ours":
-            yield from _against_ours(name, found, ours)
+        ours = results.get("ours, Orbax" if RUNS[name].checkpoint == _GEMMA else "ours")
+        if RUNS[name].contestant != "ours" and ours:
+            yield from _against_ours(name, found.rounds, ours.rounds)
     for name, found in results.items():
         if not RUNS[name].cold:
             yield from _resources(name, found, sizes[RUNS[name].checkpoint])
 
 
-def _against_limit(name: str, found: Sequence[Result]) -> Iterator[Line]:
-    loads = [[load["limit"] / load["seconds"] for load in result["loads"]] for result in found]
-    again = [ratio for ratios in loads for ratio in ratios[1:]]
-    if RUNS[name].cold:
-        yield Line(f"{name}: speed / O_DIRECT limit", again)
-        return
-    if again:
-        yield Line(f"{name}: speed / read limit, recycled", again)
-    yield Line(f"{name}: speed / read limit, fresh", [ratios[0] for ratios in loads])
+def _against_limit(name: str, rounds: Sequence[Loads]) -> Iterator[Line]:
+    for way in rounds[0][0]["limit"]:
+        ratios = [[load["limit"][way] / load["seconds"] for load in loads] for loads in rounds]
+        if not RUNS[name].cold:
+            yield Line(f"{name}: speed / {way}, fresh", [first for first, *_ in ratios])
+        if again := [ratio for _, *later in ratios for ratio in later]:
+            yield Line(f"{name}: speed / {way}, recycled", again)
 
 
-def _against_ours(name: str, found: Sequence[Result], ours: Sequence[Result]) -> Iterator[Line]:
+def _against_ours(name: str, rounds: Sequence[Loads], ours: Sequence[Loads]) -> Iterator[Line]:
     """First loads against first loads, later ones against later ones, of the same round."""
-    pairs = list(zip(found, ours, strict=False))
-    kinds: Mapping[str, Callable[[Result], float]] = {"recycled": _again, "fresh": _first}
+    pairs = list(zip(rounds, ours, strict=False))
+    kinds: Mapping[str, Callable[[Loads], float]] = {"recycled": _again, "fresh": _first}
     for kind, seconds in kinds.items():
         if pairs and (kind == "fresh" or RUNS[name].again):
             yield Line(f"{name}: time / ours, {kind}", [seconds(a) / seconds(b) for a, b in pairs])
 
 
-def _first(result: Result) -> float:
-    return float(result["loads"][0]["seconds"])
+def _first(loads: Loads) -> float:
+    return float(loads[0]["seconds"])
 
 
-def _again(result: Result) -> float:
-    return float(statistics.median(load["seconds"] for load in result["loads"][1:]))
+def _again(loads: Loads) -> float:
+    return statistics.median(load["seconds"] for load in loads[1:])
 
 
-def _resources(name: str, found: Sequence[Result], size: int) -> Iterator[Line]:
-    """Memory is that of the first load, CPU time that of the last."""
+def _resources(name: str, found: Result, size: int) -> Iterator[Line]:
+    """CPU time is that of the last load of a round."""
     bound = 1 + _SPARE_BYTES / size if RUNS[name].contestant == "ours" else None
-    anonymous, resident = (
-        [result["memory"][kind] / size for result in found] for kind in ("anonymous", "resident")
-    )
-    cpu = [result["loads"][-1]["cpu"] / size * 1e9 for result in found]
-    yield Line(f"{name}: peak anonymous memory / model", anonymous, bound)
-    yield Line(f"{name}: peak resident memory / model", resident)
+    yield Line(f"{name}: peak anonymous memory / model", [found.memory["anonymous"] / size], bound)
+    yield Line(f"{name}: peak resident memory / model", [found.memory["resident"] / size])
+    cpu = [loads[-1]["cpu"] / size * 1e9 for loads in found.rounds]
     yield Line(f"{name}: CPU seconds / GB", cpu)
 
 

@@ -212,21 +212,27 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--again", type=int, default=0, help="loads after the first")
     parser.add_argument("--cold", action="store_true", help="again from the disk, by O_DIRECT")
+    parser.add_argument("--memory", action="store_true", help="watch one load, which slows it")
     args = parser.parse_args()
     try:
         load = CONTESTANTS[args.contestant](args.folder)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}))
         return
-    print(json.dumps(run(load, args.folder, args.again, args.cold)))
+    warm(args.folder)
+    back_memory(args.folder)
+    if args.memory:
+        with peak_growth() as memory:
+            model = load()
+        del model
+        print(json.dumps(memory))
+    else:
+        print(json.dumps(run(load, args.folder, args.again, args.cold)))
 
 
-def run(load: Load, folder: Path, again: int, cold: bool) -> dict[str, Any]:
+def run(load: Load, folder: Path, again: int, cold: bool) -> list[dict[str, Any]]:
     """Seconds and CPU seconds of every load, and the seconds of the read limit beside it."""
-    warm(folder)
-    back_memory(folder)
-    with peak_growth() as memory:
-        first, model = _timed(load)
+    first, model = _timed(load)
     del model
     gc.collect()
     ready = partial(evict if cold else warm, folder)
@@ -240,10 +246,10 @@ def run(load: Load, folder: Path, again: int, cold: bool) -> dict[str, Any]:
         gc.collect()
         after = _limited(limit, ready) if before is None else before
         loads.append(more | {"limit": after})
-    return {"memory": memory, "loads": loads}
+    return loads
 
 
-def _limited(limit: ReadLimit, ready: Callable[[], None]) -> float:
+def _limited(limit: ReadLimit, ready: Callable[[], None]) -> dict[str, float]:
     ready()
     return limit.seconds()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,9 @@ from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
 from moorage_models.plan import Piece, Plan, PlannedParameter
 from moorage_models.reading import READ_BYTES, Reader
+
+#: A part of an array, one slice an axis; None for one without axes.
+Index = tuple[slice, ...] | None
 
 #: What is done to stored values, numpy's or jax's. It is hashable.
 Change = Callable[[Any], Any]
@@ -43,13 +46,7 @@ class Layout:
         """The layout of a parameter on a mesh."""
         sharding = NamedSharding(mesh, partition(parameter.spec(dict(mesh.shape))))
         indices = sharding.addressable_devices_indices_map(parameter.shape)
-        bounds = {
-            device: tuple(
-                part.indices(size)[:2]
-                for part, size in zip(index or (), parameter.shape, strict=True)
-            )
-            for device, index in indices.items()
-        }
+        bounds = {d: _bounds(index, parameter.shape) for d, index in indices.items()}
         return cls(parameter, sharding, bounds)
 
 
@@ -170,22 +167,16 @@ def _alias(layout: Layout, parts: Parts) -> jax.Array:
     """Makes the devices' array of host memory; it is read-only from here on."""
     for part in parts.values():
         part.flags.writeable = False
-    return assemble(layout.parameter.shape, layout.sharding, layout.bounds, parts)
+    shape = layout.parameter.shape
+
+    def held(index: Index) -> np.ndarray:
+        return parts[_bounds(index, shape)]
+
+    return jax.make_array_from_callback(shape, layout.sharding, held)
 
 
-def assemble(
-    shape: tuple[int, ...], sharding: NamedSharding, bounds: Mapping[Any, Bounds], parts: Parts
-) -> jax.Array:
-    """An array over the devices, from what each of this process's devices holds.
-
-    Args:
-        shape: The array's shape.
-        sharding: How it is split.
-        bounds: For each device, the key of its part.
-        parts: The parts.
-    """
-    arrays = [jax.device_put(parts[part], device) for device, part in bounds.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+def _bounds(index: Index, shape: Sequence[int]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
 
 
 def place(

@@ -20,7 +20,7 @@ from moorage_models.arena import Arena
 from moorage_models.bands import Bounds, allocate, bands, boxes, fill, holds, overlap
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
-from moorage_models.placement import Change, Layout, Sink, assemble
+from moorage_models.placement import Change, Layout, Sink
 from moorage_models.plan import Piece, Plan
 from moorage_models.reading import READ_BYTES, Reader
 
@@ -163,7 +163,8 @@ class _Filling:
         chunk, sharding = self.chunk, self.chunk.layout.sharding
         ways = zip(stack.shape, sharding.shard_shape(stack.shape), chunk.shape, strict=True)
         shape = tuple(whole // shard * size for whole, shard, size in ways)
-        update = assemble(shape, sharding, chunk.bounds, self._parts)
+        arrays = [jax.device_put(self._parts[part], d) for d, part in chunk.bounds.items()]
+        update = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         self._parts.clear()
         start = np.array(chunk.start, np.int32)
         written: tuple[jax.Array, jax.Array] = _write(stack, update, start, sharding)
