@@ -1,7 +1,9 @@
 """Coroutines around a cache whose engine a test controls, as tests."""
 
 import asyncio
+import functools
 import gc
+import time
 from contextlib import suppress
 from unittest import mock
 
@@ -23,17 +25,25 @@ PATH = str(GOLDEN / "llama3")
 WHOLE = {"fetch": (100, 100), "place": (100, 100), "compile": (100, 100)}
 
 
-def scenario(body):
-    """Makes a test of a coroutine function; fails if asyncio complains of anything."""
+def scenario(body=None, *, room=1 << 20, now=time.monotonic):
+    """Makes a test of a coroutine function; fails if asyncio complains of anything.
+
+    Args:
+        body: Takes a cache and its engine.
+        room: How many models fit in device memory.
+        now: The clock of the leases.
+    """
+    if body is None:
+        return functools.partial(scenario, room=room, now=now)
 
     def test(caplog):
-        engine, problems = EngineDouble(), []
+        engine, problems = EngineDouble(room), []
 
         async def run():
             loop = asyncio.get_running_loop()
             loop.set_exception_handler(lambda _, context: problems.append(context))
             try:
-                await asyncio.wait_for(body(ModelCache(engine, Policy()), engine), 20)
+                await asyncio.wait_for(body(ModelCache(engine, Policy(), now), engine), 20)
             finally:
                 engine.release()
             gc.collect()

@@ -4,12 +4,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
-from moorage_server.engine import Batch, Bucket, Device, EngineInfo
+from moorage_models.plan import Plan
+from moorage_server.engine import Batch, Bucket, Device, EngineInfo, Need
 
 STAGES = ("fetch", "place", "compile")
 BYTES = {0: 600, 1: 400}
@@ -22,10 +24,11 @@ class EngineDouble:
 
     At each it waits while the point is held and raises what it was told to. Stages are half done
     while they are held. `events` has the points in the order in which they were reached, and
-    "forward ended".
+    "forward ended". `room` models fit in its memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 1 << 20) -> None:
+        self.room = room
         self.events: list[str] = []
         self.held: set[str] = set()
         self.failures: dict[str, Exception] = {}
@@ -50,7 +53,18 @@ class EngineDouble:
 
     def info(self) -> EngineInfo:
         devices = tuple(Device(number, "double") for number in BYTES)
-        return EngineInfo("cpu", devices, {"fsdp": 1, "tp": 2}, BUCKETS)
+        return EngineInfo(
+            "cpu", devices, {"fsdp": 1, "tp": 2}, BUCKETS, self.room * max(BYTES.values()) + 50
+        )
+
+    def need(self, plan: Plan[Any], compute_dtype: str) -> Need:
+        return Need(max(BYTES.values()), 50)
+
+    def live_bytes(self) -> dict[int, int]:
+        return {device: count * len(self.loaded) for device, count in BYTES.items()}
+
+    def pool_bytes(self) -> int:
+        return 0
 
     def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
         for stage in STAGES:

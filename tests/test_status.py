@@ -27,10 +27,8 @@ PREFIX = "ERROR_REASON_"
 #: On the wire's list for features that are not built yet.
 LATER = {
     "QUEUE_FULL",
-    "LEASE_UNKNOWN",
     "PERMISSION_DENIED",
     "LIMIT_EXCEEDED",
-    "MODEL_LEASED",
     "WEIGHTS_VERSION_MISMATCH",
     "ACCELERATOR_BUSY",
 }
@@ -112,7 +110,7 @@ CALLS = {
         pb.GetServerInfoRequest()
     ),
     "ResolveName": lambda channel: pb_grpc.NamingServiceStub(channel).ResolveName(
-        pb.ResolveNameRequest(model=pb.ModelSpec(model_id="gemma2_2b"))
+        pb.ResolveNameRequest(model=pb.ModelSpec(model_id="gemma2_2b"), estimate=True)
     ),
     "LoadModel": lambda channel: list(
         pb_grpc.ModelServiceStub(channel).LoadModel(

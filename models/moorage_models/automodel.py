@@ -164,16 +164,16 @@ def _fetch_and_place(
     return params
 
 
-def placer_for(mesh: Mesh, kept_bytes: int = 0, window: int = WINDOW_BYTES) -> Placer:
+def placer_for(mesh: Mesh, arena: Arena | None = None, window: int = WINDOW_BYTES) -> Placer:
     """How bytes come onto a mesh's kind of devices.
 
     Args:
         mesh: The device mesh.
-        kept_bytes: For CPU devices, how much memory of models that are gone is kept for others.
+        arena: For CPU devices, where their memory comes from; by default nothing is kept of it.
         window: For accelerators, bytes of host memory that a load may take.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return ArenaPlacer(Arena(kept_bytes)) if on_cpu else RingPlacer(window)
+    return ArenaPlacer(arena or Arena()) if on_cpu else RingPlacer(window)
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:

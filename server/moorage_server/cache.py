@@ -6,18 +6,23 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import asdict
 from typing import Any
 
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
+from moorage_models.errors import ModelError
+from moorage_models.errors import Reason as ModelReason
 from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
-from moorage_server.engine import Engine
+from moorage_server.budget import Budget
+from moorage_server.changes import Changes
+from moorage_server.engine import Engine, Need
 from moorage_server.errors import Reason, ServerError
+from moorage_server.leases import Lease, LeaseTable
+from moorage_server.lifecycle import State
+from moorage_server.model import Model, Snapshot
 
 _WATCH_SECONDS = 0.1
 _PARALLEL_LOADS = 4
@@ -25,83 +30,26 @@ _PARALLEL_LOADS = 4
 _log = logging.getLogger(__name__)
 
 
-class State(StrEnum):
-    """How far a model has come; names as in the wire's `ModelState`."""
-
-    RESOLVING = "RESOLVING"
-    LOADING = "LOADING"
-    READY = "READY"
-    DRAINING = "DRAINING"
-
-
-@dataclass
-class Model:
-    """A model that is loaded or being loaded.
-
-    Attributes:
-        handle: Its name in calls.
-        checkpoint: What it is.
-        state: How far it has come.
-        monitor: Progress of its load.
-        device_bytes: Bytes of parameters by device id, once placed.
-        started: When its load began, in seconds since the epoch.
-        load_seconds: How long the load took, once it is over.
-        last_use: When the last forward pass ended, or 0.
-        forwards: Forward passes served.
-        tokens: Tokens scored.
-        waiters: Callers that watch the load.
-        in_use: Forward passes that run or wait.
-        load: The task of its load.
-        unload: The task that frees it, once that was asked for.
-    """
-
-    handle: str
-    checkpoint: Checkpoint
-    state: State = State.LOADING
-    monitor: LoadMonitor = field(default_factory=LoadMonitor)
-    device_bytes: dict[int, int] = field(default_factory=dict)
-    started: float = field(default_factory=time.time)
-    load_seconds: float = 0.0
-    last_use: float = 0.0
-    forwards: int = 0
-    tokens: int = 0
-    waiters: int = 0
-    in_use: int = 0
-    load: asyncio.Task[None] | None = None
-    unload: asyncio.Task[dict[int, int]] | None = None
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @contextmanager
-    def use(self, tokens: int) -> Iterator[None]:
-        """Keeps the model from being unloaded while a forward pass runs."""
-        self.in_use += 1
-        self._idle.clear()
-        try:
-            yield
-            self.forwards += 1
-            self.tokens += tokens
-        finally:
-            self.last_use = time.time()
-            self.in_use -= 1
-            if self.in_use == 0:
-                self._idle.set()
-
-    async def idle(self) -> None:
-        """Returns once no forward pass runs."""
-        while self.in_use:
-            await self._idle.wait()
-
-
 class ModelCache:
-    """One load for all callers that ask for the same model.
+    """One load for all callers that ask for the same model, within the devices' memory.
 
     Attributes:
         device_thread: The one thread that runs on the devices, in order.
+        budget: What the devices' memory is promised to.
+        leases: Who keeps which model.
+        changes: What became of models, for those who watch.
     """
 
-    def __init__(self, engine: Engine, policy: Policy) -> None:
+    def __init__(
+        self, engine: Engine, policy: Policy, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._engine = engine
         self._policy = policy
+        self.budget = Budget(engine.info().device_bytes)
+        self.leases = LeaseTable(now)
+        self.changes: Changes[Snapshot] = Changes()
+        self._admission = asyncio.Lock()
+        self._turns = asyncio.Semaphore(_PARALLEL_LOADS)
         self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
         self._models: dict[str, Model] = {}
         self._load_threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
@@ -134,21 +82,25 @@ class ModelCache:
         """What a look that is under way fetches: an Orbax tree, whose shapes are in its files."""
         return self._resolving[request][1].stages() if request in self._resolving else {}
 
-    def join(self, request: ModelRequest) -> asyncio.Task[Model]:
+    def join(self, request: ModelRequest, *, abandonable: bool = False) -> asyncio.Task[Model]:
         """Joins the load of a model, or starts it if nobody has asked for it yet.
+
+        Args:
+            request: What is wanted.
+            abandonable: Whether the load may end once everybody has left who watches it.
 
         Returns:
             A task that gives the model, loaded or not, or raises whatever stands in the way of a
             load. It is not the caller's to cancel: wait for it, or shield it.
         """
-        task = asyncio.create_task(self._join(request))
+        task = asyncio.create_task(self._join(request, abandonable))
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
-    async def watch(self, model: Model) -> AsyncIterator[None]:
+    async def watch(self, model: Model) -> AsyncGenerator[None, None]:
         """Yields whenever progress may have changed, until the model is ready.
 
-        Leaving early leaves the load running.
+        Leaving early leaves the load running, unless all who watched it want otherwise.
 
         Raises:
             ModelError: The load failed or was cancelled.
@@ -162,6 +114,8 @@ class ModelCache:
             model.load.result()
         finally:
             model.waiters -= 1
+            if model.abandonable and not model.waiters and not model.load.done():
+                self._let_go(model)
 
     def models(self) -> list[Model]:
         """Every model, oldest first."""
@@ -196,22 +150,60 @@ class ModelCache:
             )
         return model
 
-    async def unload(self, handle: str) -> dict[int, int]:
+    async def unload(self, handle: str, lease_id: str = "", force: bool = False) -> dict[int, int]:
         """Frees a model once its running forward passes have ended; cancels a running load.
 
         Callers share one unloading, which goes on if they leave.
+
+        Args:
+            handle: The model.
+            lease_id: The caller's own lease, which does not stand in the way.
+            force: Whether others' leases do not, either.
 
         Returns:
             Bytes that came back, by device id.
 
         Raises:
-            ServerError: MODEL_NOT_LOADED.
+            ServerError: MODEL_NOT_LOADED; MODEL_LEASED.
         """
         model = self.get(handle)
-        if model.unload is None:
-            model.unload = asyncio.create_task(self._unload(model))
-            model.unload.add_done_callback(_retrieve)
-        return await asyncio.shield(model.unload)
+        others = [lease for lease in self.leases.of(handle) if lease.id != lease_id]
+        if others and not force:
+            holders = ", ".join(map(self._described, others))
+            raise ServerError(
+                Reason.MODEL_LEASED,
+                f"model {handle} is leased by {holders}; wait for that, or unload it by force",
+            )
+        return await asyncio.shield(self._let_go(model))
+
+    def lease(self, model: Model, client: str, seconds: float) -> Lease:
+        """Gives a client a lease on a model that is ready.
+
+        Raises:
+            ServerError: MODEL_NOT_LOADED; INVALID_REQUEST.
+        """
+        lease = self.leases.take(self.ready(model.handle).handle, client, seconds)
+        self._changed(model)
+        return lease
+
+    def release(self, lease_id: str) -> None:
+        """Ends a lease.
+
+        Raises:
+            ServerError: LEASE_UNKNOWN.
+        """
+        handle = self.leases.release(lease_id).handle
+        if model := self._models.get(handle):
+            self._changed(model)
+
+    def snapshot(self, model: Model) -> Snapshot:
+        """A model as it is now, with what is promised to it and of it."""
+        leases = tuple(self.leases.of(model.handle))
+        return Snapshot.of(model, leases, self.budget.promised(model.handle))
+
+    def estimate(self, need: Need) -> list[str] | None:
+        """The handles of the models that would be evicted for another; None if it cannot fit."""
+        return self.budget.victims(need, [model.handle for model in self._evictable()])
 
     def stop(self) -> None:
         """Cancels what is being loaded or fetched, for the process is about to end."""
@@ -219,44 +211,129 @@ class ModelCache:
         for monitor in looks + [model.monitor for model in self.models()]:
             monitor.cancel()
 
-    async def _join(self, request: ModelRequest) -> Model:
+    async def _join(self, request: ModelRequest, abandonable: bool) -> Model:
         checkpoint = await self.resolve(request)
         handle = handle_of(checkpoint, self._engine.info().mesh)
         while (model := self._models.get(handle)) and model.unload:
             await asyncio.wait([model.unload])
         if model is None:
-            model = self._models[handle] = Model(handle, checkpoint)
+            model = self._models[handle] = Model(handle, checkpoint, self._changed)
+            self._changed(model)
             model.load = asyncio.create_task(self._load(model))
             model.load.add_done_callback(_retrieve)
+        model.abandonable = model.abandonable and abandonable
         return model
 
+    async def _load(self, model: Model) -> None:
+        begin = time.monotonic()
+        try:
+            async with self._turns:
+                await self._admit(model)
+                model.enter(State.LOADING)
+                model.device_bytes = await asyncio.get_running_loop().run_in_executor(
+                    self._load_threads,
+                    self._engine.load,
+                    model.handle,
+                    model.checkpoint,
+                    model.monitor,
+                )
+            model.enter(State.READY)
+        except BaseException as error:
+            self._forget(model, _end_of(error))
+            if isinstance(error, asyncio.CancelledError) and model.unload:
+                model.monitor.check()  # says so to those who watch
+            raise
+        finally:
+            model.load_seconds = time.monotonic() - begin
+
+    async def _admit(self, model: Model) -> None:
+        """Reserves memory for a model, in the order of asking; evicts others if need be.
+
+        Raises:
+            ServerError: DEVICE_BUDGET_EXCEEDED.
+        """
+        checkpoint = model.checkpoint
+        need = self._engine.need(checkpoint.plan, checkpoint.compute_dtype)
+        async with self._admission:
+            while not self.budget.fits(need):
+                leaving = {m.handle: m.unload for m in self.models() if m.unload}
+                if not self.budget.fits(need, leaving):
+                    candidates = [m.handle for m in self._evictable()]
+                    victims = self.budget.victims(need, [*leaving, *candidates])
+                    if victims is None:
+                        raise self._refused(model, need)
+                    for handle in victims:
+                        _log.info("evicting %s for %s", handle, model.handle)
+                        leaving[handle] = self._let_go(self._models[handle])
+                await asyncio.wait(leaving.values(), return_when=asyncio.FIRST_COMPLETED)
+            self.budget.reserve(model.handle, need)
+
+    def _evictable(self) -> list[Model]:
+        """Models that nobody leases, runs or waits for, the least recently used first."""
+        idle = [m for m in self.models() if m.is_idle and not self.leases.of(m.handle)]
+        return sorted(idle, key=lambda model: model.last_wanted)
+
+    def _refused(self, model: Model, need: Need) -> ServerError:
+        leases = [lease for m in self.models() for lease in self.leases.of(m.handle)]
+        wanted = need.weights + need.temporaries
+        free = self.budget.capacity - self.budget.reserved()
+        leased = sum(self.budget.weights(handle) for handle in {x.handle for x in leases})
+        by = f" by {', '.join(map(self._described, leases))}" if leases else ""
+        return ServerError(
+            Reason.DEVICE_BUDGET_EXCEEDED,
+            f"{model.checkpoint.request.model_id} needs {wanted} bytes on each device; of "
+            f"{self.budget.capacity} that models may take {free} are free, and {leased} are leased"
+            f"{by}; what else is loaded is in use. Unload a model, wait for a lease to end, or "
+            "split the model over more devices",
+            needed_bytes=str(wanted),
+            free_bytes=str(free),
+            leased_bytes=str(leased),
+        )
+
+    def _changed(self, model: Model) -> None:
+        self.changes.add(self.snapshot(model))
+
+    def _described(self, lease: Lease) -> str:
+        return f"{lease.client or 'a client'} ({self.leases.seconds_left(lease):.0f} s left)"
+
+    def _let_go(self, model: Model) -> asyncio.Task[dict[int, int]]:
+        """Starts to unload a model, or joins that."""
+        if model.unload is None:
+            model.unload = asyncio.create_task(self._unload(model))
+            model.unload.add_done_callback(_retrieve)
+        return model.unload
+
     async def _unload(self, model: Model) -> dict[int, int]:
-        if model.load and not model.load.done():
+        assert model.load
+        if not model.load.done():
             model.monitor.cancel()
+            if model.state is State.QUEUED:
+                model.load.cancel()
             await asyncio.wait([model.load])
         if model.state is not State.READY:  # nothing is left of a load that failed
             return {}
-        model.state = State.DRAINING
+        model.enter(State.DRAINING)
         await model.idle()
         loop = asyncio.get_running_loop()
         try:
             # On the device thread, so that an abandoned forward pass ends first.
             return await loop.run_in_executor(self.device_thread, self._engine.unload, model.handle)
         finally:
-            del self._models[model.handle]
+            self._forget(model, State.UNLOADED)
 
-    async def _load(self, model: Model) -> None:
-        begin = time.monotonic()
-        try:
-            model.device_bytes = await asyncio.get_running_loop().run_in_executor(
-                self._load_threads, self._engine.load, model.handle, model.checkpoint, model.monitor
-            )
-            model.state = State.READY
-        except BaseException:
-            del self._models[model.handle]
-            raise
-        finally:
-            model.load_seconds = time.monotonic() - begin
+    def _forget(self, model: Model, end: State) -> None:
+        """Gives back all that a model holds."""
+        del self._models[model.handle]
+        self.budget.release(model.handle)
+        self.leases.drop(model.handle)
+        model.enter(end)
+
+
+def _end_of(error: BaseException) -> State:
+    cancelled = isinstance(error, asyncio.CancelledError) or (
+        isinstance(error, ModelError) and error.reason is ModelReason.LOAD_CANCELLED
+    )
+    return State.CANCELLED if cancelled else State.FAILED
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

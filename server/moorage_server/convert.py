@@ -16,7 +16,9 @@ from moorage_models.monitor import Stage
 from moorage_models.naming import ModelNaming
 from moorage_models.sources import ModelRequest, ModelSource
 from moorage_models.tokenizer_facts import TokenizerFacts
-from moorage_server.cache import Model, State
+from moorage_server.leases import Lease
+from moorage_server.lifecycle import State
+from moorage_server.model import Model, Snapshot
 
 _PREFIX = "MODEL_SOURCE_"
 
@@ -109,9 +111,14 @@ def to_stages(stages: Mapping[str, Stage]) -> list[pb.StageProgress]:
     ]
 
 
-def to_model(model: Model) -> pb.Model:
-    """A model as the wire describes it."""
-    checkpoint = model.checkpoint
+def to_model(snapshot: Snapshot, now: float) -> pb.Model:
+    """A model as the wire describes it.
+
+    Args:
+        snapshot: The model.
+        now: The time on the clock of the leases.
+    """
+    model, checkpoint = snapshot.model, snapshot.model.checkpoint
     message = pb.Model(
         handle=model.handle,
         state=f"MODEL_STATE_{model.state}",
@@ -129,12 +136,29 @@ def to_model(model: Model) -> pb.Model:
         token_count=model.tokens,
         preset_differences=checkpoint.preset_differences,
         tokenizer=to_tokenizer(checkpoint.tokenizer),
+        leases=[to_lease(lease, now, shown_to_others=True) for lease in snapshot.leases],
+        history=[
+            pb.StateChange(state=f"MODEL_STATE_{state}", time=timestamp(time))
+            for state, time in model.history.items()
+        ],
+        running_count=model.in_use,
+        reserved_bytes=snapshot.reserved,
     )
     if model.last_use:
         message.last_use_time.CopyFrom(timestamp(model.last_use))
-    if model.state is State.LOADING:
+    if model.state in (State.QUEUED, State.LOADING):
         message.progress.CopyFrom(to_progress(model))
     return message
+
+
+def to_lease(lease: Lease, now: float, *, shown_to_others: bool = False) -> pb.Lease:
+    """A lease; its id is only for its holder."""
+    return pb.Lease(
+        id="" if shown_to_others else lease.id,
+        client=lease.client,
+        duration=duration(lease.seconds),
+        time_left=duration(max(0.0, lease.expires - now)),
+    )
 
 
 def to_tokenizer(facts: TokenizerFacts) -> pb.TokenizerFacts:

@@ -9,6 +9,9 @@ class Reason(StrEnum):
     """Why the server refuses a call, beside the models' own reasons."""
 
     MODEL_NOT_LOADED = "MODEL_NOT_LOADED"
+    DEVICE_BUDGET_EXCEEDED = "DEVICE_BUDGET_EXCEEDED"
+    LEASE_UNKNOWN = "LEASE_UNKNOWN"
+    MODEL_LEASED = "MODEL_LEASED"
     SEQUENCE_TOO_LONG = "SEQUENCE_TOO_LONG"
     OUTPUT_TOO_LARGE = "OUTPUT_TOO_LARGE"
     TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from moorage_models.sources import Policy
 from moorage_models.sources.source import cache_folder
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
-from moorage_server.engine.local import LocalEngine, keep_compiled, make_mesh
+from moorage_server.engine.local import DEVICE_FRACTION, LocalEngine, keep_compiled, make_mesh
 from moorage_server.service import (
     MAX_MESSAGE_BYTES,
     ModelService,
@@ -59,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         mesh = make_mesh(_sizes(args.mesh))
         buckets = _buckets(args.buckets, mesh.shape.get("fsdp", 1))
-        engine = LocalEngine(mesh, buckets, window=_window(args.window), stream=args.stream)
+        engine = LocalEngine(
+            mesh,
+            buckets,
+            window=_window(args.window),
+            stream=args.stream,
+            device_memory=_device_memory(args.device_memory),
+        )
         keep_compiled(args.compile_cache)
     except (ModelError, OSError, ValueError) as error:
         print(f"moorage serve: {error}", file=sys.stderr)
@@ -149,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
         help="shapes to compile, rows per data-parallel device x length; default: %(default)s",
     )
     parser.add_argument(
+        "--device-memory",
+        default=str(DEVICE_FRACTION),
+        metavar="AMOUNT",
+        help="what models may take of each device: a fraction of its memory, as 0.9, or an amount, "
+        "as 12GiB; CPU devices share the host's memory; default: %(default)s",
+    )
+    parser.add_argument(
         "--window",
         type=int,
         default=WINDOW_BYTES >> 20,
@@ -182,6 +196,17 @@ def _sizes(text: str) -> dict[str, int]:
             raise ValueError(f"--mesh {text!r}: wanted axes fsdp and tp, as fsdp=2,tp=4")
         sizes[name] = int(size)
     return sizes
+
+
+def _device_memory(text: str) -> float:
+    """`0.9` as a fraction, `12GiB` as bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB)?", text)
+    amount = float(match[1]) if match else 0.0
+    if not match or amount <= 0 or (match[2] is None and amount > 1):
+        raise ValueError(
+            f"--device-memory {text!r}: wanted a fraction up to 1, as 0.9, or an amount, as 12GiB"
+        )
+    return amount * {"MiB": 1 << 20, "GiB": 1 << 30, None: 1}[match[2]]
 
 
 def _window(mebibytes: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import google_crc32c
@@ -17,12 +18,15 @@ from moorage_models.checkpoint import name_of
 from moorage_models.errors import ModelError
 from moorage_models.families import FAMILIES, PRESETS
 from moorage_models.naming import ModelNaming, find_preset
-from moorage_models.plan import preset_plan
+from moorage_models.plan import Plan, preset_plan
 from moorage_models.sources import SOURCES, Policy
 from moorage_server import __version__, convert
-from moorage_server.cache import Model, ModelCache, State
+from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.outputs import OUTPUTS
+from moorage_server.leases import check_seconds
+from moorage_server.lifecycle import State
+from moorage_server.model import Model
 from moorage_server.scoring import MAX_OUTPUT_BYTES, Rows, check_rows, make_rows, score
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -43,7 +47,6 @@ class NamingService(pb_grpc.NamingServiceServicer):
         self, request: pb.ResolveNameRequest, context: Context
     ) -> pb.ResolveNameResponse:
         """Naming attributes, and with a source whether it can be loaded."""
-        mesh = self._engine.info().mesh
         wanted = convert.to_request(request.model)
         preset = _preset(request.model.model_id)
         if request.check_source or (request.estimate and preset is None):
@@ -64,10 +67,25 @@ class NamingService(pb_grpc.NamingServiceServicer):
             response.config.CopyFrom(convert.to_config(preset))
             plan = preset_plan(preset, request.model.dtype)
         if request.estimate:
-            amount = plan.device_bytes(mesh)
-            devices = {device.id: amount for device in self._engine.info().devices}
-            response.device_bytes.extend(convert.to_device_bytes(devices))
+            self._estimate(plan, wanted.compute_dtype or plan.dtype, response)
         return response
+
+    def _estimate(
+        self, plan: Plan[Any], compute_dtype: str, response: pb.ResolveNameResponse
+    ) -> None:
+        """Says what a load would take, find and evict."""
+        need, budget = self._engine.need(plan, compute_dtype), self._cache.budget
+        devices = {device.id: need.weights for device in self._engine.info().devices}
+        response.device_bytes.extend(convert.to_device_bytes(devices))
+        evicted = self._cache.estimate(need)
+        response.budget.CopyFrom(
+            pb.BudgetEstimate(
+                needed_bytes=need.weights + need.temporaries,
+                free_bytes=budget.capacity - budget.reserved(),
+                fits=evicted is not None,
+                evicted=evicted or (),
+            )
+        )
 
     async def ListSupportedModels(  # noqa: N802
         self, request: pb.ListSupportedModelsRequest, context: Context
@@ -94,44 +112,112 @@ class ModelService(pb_grpc.ModelServiceServicer):
     async def LoadModel(  # noqa: N802
         self, request: pb.LoadModelRequest, context: Context
     ) -> AsyncIterator[pb.LoadModelResponse]:
-        """Joins or starts a load; leaving leaves it running."""
+        """Joins or starts a load; it goes on when its callers leave, unless they want otherwise."""
+        lease_seconds, model = _lease_seconds(request), None
+        while model is None or model.state is not State.READY:  # evicted as this one came
+            started: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
+            async with aclosing(self._wait(request, started)) as wait:
+                async for progress in wait:
+                    yield pb.LoadModelResponse(progress=progress)
+            model = started.result()
+        response = pb.LoadModelResponse()
+        if lease_seconds:  # before anything else may run: from here on nobody waits for it
+            lease = self._cache.lease(model, request.lease.client, lease_seconds)
+            response.lease.CopyFrom(convert.to_lease(lease, self._cache.leases.now()))
+        response.model.CopyFrom(self._describe(model))
+        yield response
+
+    async def _wait(
+        self, request: pb.LoadModelRequest, started: asyncio.Future[Model]
+    ) -> AsyncGenerator[pb.LoadProgress, None]:
+        """Joins or starts a load, and yields its progress until it is over."""
         begin, wanted = time.monotonic(), convert.to_request(request.model)
-        join = self._cache.join(wanted)
+        join = self._cache.join(wanted, abandonable=request.cancel_if_abandoned)
         while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
-            yield pb.LoadModelResponse(
-                progress=pb.LoadProgress(
-                    state=pb.MODEL_STATE_RESOLVING,
-                    stages=convert.to_stages(self._cache.resolving(wanted)),
-                    elapsed=convert.duration(time.monotonic() - begin),
-                )
+            yield pb.LoadProgress(
+                state=pb.MODEL_STATE_RESOLVING,
+                stages=convert.to_stages(self._cache.resolving(wanted)),
+                elapsed=convert.duration(time.monotonic() - begin),
             )
         model = join.result()
+        started.set_result(model)
         last, sent = pb.LoadProgress(), 0.0
-        async for _ in self._cache.watch(model):
-            progress = convert.to_progress(model)
-            if time.monotonic() - sent > _HEARTBEAT_SECONDS or progress.stages != last.stages:
-                last, sent = progress, time.monotonic()
-                yield pb.LoadModelResponse(progress=progress)
-        yield pb.LoadModelResponse(model=convert.to_model(model))
+        async with aclosing(self._cache.watch(model)) as watch:
+            async for _ in watch:
+                progress = convert.to_progress(model)
+                if time.monotonic() - sent > _HEARTBEAT_SECONDS or progress.stages != last.stages:
+                    last, sent = progress, time.monotonic()
+                    yield progress
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.GetModelResponse:
         """One model."""
-        return pb.GetModelResponse(model=convert.to_model(self._cache.get(request.handle)))
+        return pb.GetModelResponse(model=self._describe(self._cache.get(request.handle)))
 
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """Every model."""
-        return pb.ListModelsResponse(models=map(convert.to_model, self._cache.models()))
+        return pb.ListModelsResponse(models=map(self._describe, self._cache.models()))
 
     async def UnloadModel(  # noqa: N802
         self, request: pb.UnloadModelRequest, context: Context
     ) -> pb.UnloadModelResponse:
         """Drains and frees."""
-        freed = await self._cache.unload(request.handle)
+        freed = await self._cache.unload(request.handle, request.lease_id, request.force)
         return pb.UnloadModelResponse(device_bytes=convert.to_device_bytes(freed))
+
+    async def RenewLease(  # noqa: N802
+        self, request: pb.RenewLeaseRequest, context: Context
+    ) -> pb.RenewLeaseResponse:
+        """Lets a lease last its whole duration again."""
+        lease = self._cache.leases.renew(request.lease_id)
+        return pb.RenewLeaseResponse(lease=convert.to_lease(lease, self._cache.leases.now()))
+
+    async def ReleaseLease(  # noqa: N802
+        self, request: pb.ReleaseLeaseRequest, context: Context
+    ) -> pb.ReleaseLeaseResponse:
+        """Ends a lease."""
+        self._cache.release(request.lease_id)
+        return pb.ReleaseLeaseResponse()
+
+    async def WatchModels(  # noqa: N802
+        self, request: pb.WatchModelsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchModelsResponse]:
+        """What becomes of models, from where the caller was, or from how they are."""
+        changes, now = self._cache.changes, self._cache.leases.now
+        sequence, known = request.sequence, changes.covers(request.epoch, request.sequence)
+        while True:
+            if not known:
+                sequence, models = changes.sequence, map(self._describe, self._cache.models())
+                yield pb.WatchModelsResponse(
+                    epoch=changes.epoch, sequence=sequence, snapshot=pb.ModelList(models=models)
+                )
+            async with aclosing(changes.after(sequence, _HEARTBEAT_SECONDS)) as latest:
+                async for change in latest:
+                    response = pb.WatchModelsResponse(epoch=changes.epoch, sequence=sequence)
+                    if change:
+                        sequence = response.sequence = change.sequence
+                        response.changed.CopyFrom(convert.to_model(change.value, now()))
+                    yield response
+            known = False  # it was too slow, and has missed something
+
+    def _describe(self, model: Model) -> pb.Model:
+        return convert.to_model(self._cache.snapshot(model), self._cache.leases.now())
+
+
+def _lease_seconds(request: pb.LoadModelRequest) -> float:
+    """How long a lease is asked for; 0 for none.
+
+    Raises:
+        ServerError: INVALID_REQUEST for a duration that no lease can have.
+    """
+    if not request.HasField("lease"):
+        return 0.0
+    seconds = request.lease.duration.ToNanoseconds() / 1e9
+    check_seconds(seconds)
+    return seconds
 
 
 class ScoringService(pb_grpc.ScoringServiceServicer):
@@ -216,6 +302,12 @@ class ServerService(pb_grpc.ServerServiceServicer):
             sources=[convert.source_name(source) for source in sources],
             outputs=list(OUTPUTS),
             start_time=convert.timestamp(self._started),
+            memory=pb.Memory(
+                budget_bytes=self._cache.budget.capacity,
+                reserved_bytes=self._cache.budget.reserved(),
+                live_bytes=convert.to_device_bytes(self._engine.live_bytes()),
+                host_pool_bytes=self._engine.pool_bytes(),
+            ),
         )
 
 

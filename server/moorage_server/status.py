@@ -43,6 +43,8 @@ CODES: dict[str, grpc.StatusCode] = {
     "CHECKPOINT_CORRUPT": grpc.StatusCode.DATA_LOSS,
     "DEVICE_BUDGET_EXCEEDED": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "LOAD_CANCELLED": grpc.StatusCode.CANCELLED,
+    "LEASE_UNKNOWN": grpc.StatusCode.NOT_FOUND,
+    "MODEL_LEASED": grpc.StatusCode.FAILED_PRECONDITION,
     "MODEL_NOT_LOADED": grpc.StatusCode.NOT_FOUND,
     "SEQUENCE_TOO_LONG": grpc.StatusCode.INVALID_ARGUMENT,
     "OUTPUT_TOO_LARGE": grpc.StatusCode.INVALID_ARGUMENT,

@@ -198,7 +198,7 @@ class ResolveNameRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ..., check_source: bool = ..., estimate: bool = ...) -> None: ...
 
 class ResolveNameResponse(_message.Message):
-    __slots__ = ("name", "checked", "loadable", "reason", "message", "config", "revision", "device_bytes", "preset_differences")
+    __slots__ = ("name", "checked", "loadable", "reason", "message", "config", "revision", "device_bytes", "preset_differences", "budget")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHECKED_FIELD_NUMBER: _ClassVar[int]
     LOADABLE_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class ResolveNameResponse(_message.Message):
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PRESET_DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     name: ModelName
     checked: _containers.RepeatedScalarFieldContainer[str]
     loadable: bool
@@ -217,7 +218,20 @@ class ResolveNameResponse(_message.Message):
     revision: str
     device_bytes: _containers.RepeatedCompositeFieldContainer[DeviceBytes]
     preset_differences: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[_Union[ModelName, _Mapping]] = ..., checked: _Optional[_Iterable[str]] = ..., loadable: bool = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., revision: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., preset_differences: _Optional[_Iterable[str]] = ...) -> None: ...
+    budget: BudgetEstimate
+    def __init__(self, name: _Optional[_Union[ModelName, _Mapping]] = ..., checked: _Optional[_Iterable[str]] = ..., loadable: bool = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., revision: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., budget: _Optional[_Union[BudgetEstimate, _Mapping]] = ...) -> None: ...
+
+class BudgetEstimate(_message.Message):
+    __slots__ = ("needed_bytes", "free_bytes", "fits", "evicted")
+    NEEDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    needed_bytes: int
+    free_bytes: int
+    fits: bool
+    evicted: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, needed_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fits: bool = ..., evicted: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListSupportedModelsRequest(_message.Message):
     __slots__ = ()
@@ -240,18 +254,44 @@ class ListSupportedModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[SupportedModel, _Mapping]]] = ...) -> None: ...
 
 class LoadModelRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "lease", "cancel_if_abandoned")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_IF_ABANDONED_FIELD_NUMBER: _ClassVar[int]
     model: ModelSpec
-    def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ...) -> None: ...
+    lease: LeaseSpec
+    cancel_if_abandoned: bool
+    def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ..., lease: _Optional[_Union[LeaseSpec, _Mapping]] = ..., cancel_if_abandoned: bool = ...) -> None: ...
+
+class LeaseSpec(_message.Message):
+    __slots__ = ("client", "duration")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    duration: _duration_pb2.Duration
+    def __init__(self, client: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("id", "client", "duration", "time_left")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    client: str
+    duration: _duration_pb2.Duration
+    time_left: _duration_pb2.Duration
+    def __init__(self, id: _Optional[str] = ..., client: _Optional[str] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class LoadModelResponse(_message.Message):
-    __slots__ = ("progress", "model")
+    __slots__ = ("progress", "model", "lease")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
     progress: LoadProgress
     model: Model
-    def __init__(self, progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+    lease: Lease
+    def __init__(self, progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("stage", "done", "total", "rate")
@@ -278,7 +318,7 @@ class LoadProgress(_message.Message):
     def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., stages: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., waiters: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer")
+    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +337,10 @@ class Model(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     PRESET_DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     handle: str
     state: ModelState
     name: ModelName
@@ -315,7 +359,19 @@ class Model(_message.Message):
     progress: LoadProgress
     preset_differences: _containers.RepeatedScalarFieldContainer[str]
     tokenizer: TokenizerFacts
-    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ...) -> None: ...
+    leases: _containers.RepeatedCompositeFieldContainer[Lease]
+    history: _containers.RepeatedCompositeFieldContainer[StateChange]
+    running_count: int
+    reserved_bytes: int
+    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
+
+class StateChange(_message.Message):
+    __slots__ = ("state", "time")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    state: ModelState
+    time: _timestamp_pb2.Timestamp
+    def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class TokenizerFacts(_message.Message):
     __slots__ = ("files", "bos_id", "eos_ids", "pad_id", "has_chat_template")
@@ -354,16 +410,68 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class UnloadModelRequest(_message.Message):
-    __slots__ = ("handle",)
+    __slots__ = ("handle", "lease_id", "force")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
     handle: str
-    def __init__(self, handle: _Optional[str] = ...) -> None: ...
+    lease_id: str
+    force: bool
+    def __init__(self, handle: _Optional[str] = ..., lease_id: _Optional[str] = ..., force: bool = ...) -> None: ...
 
 class UnloadModelResponse(_message.Message):
     __slots__ = ("device_bytes",)
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     device_bytes: _containers.RepeatedCompositeFieldContainer[DeviceBytes]
     def __init__(self, device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ...) -> None: ...
+
+class RenewLeaseRequest(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
+
+class RenewLeaseResponse(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: Lease
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
+
+class ReleaseLeaseRequest(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseLeaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchModelsRequest(_message.Message):
+    __slots__ = ("epoch", "sequence")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    sequence: int
+    def __init__(self, epoch: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class WatchModelsResponse(_message.Message):
+    __slots__ = ("epoch", "sequence", "snapshot", "changed")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    sequence: int
+    snapshot: ModelList
+    changed: Model
+    def __init__(self, epoch: _Optional[str] = ..., sequence: _Optional[int] = ..., snapshot: _Optional[_Union[ModelList, _Mapping]] = ..., changed: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class ModelList(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class OutputSpec(_message.Message):
     __slots__ = ("logprobs", "logits")
@@ -490,7 +598,7 @@ class Limits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time")
+    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time", "memory")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
@@ -500,6 +608,7 @@ class GetServerInfoResponse(_message.Message):
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     devices: _containers.RepeatedCompositeFieldContainer[Device]
@@ -509,4 +618,17 @@ class GetServerInfoResponse(_message.Message):
     sources: _containers.RepeatedScalarFieldContainer[ModelSource]
     outputs: _containers.RepeatedScalarFieldContainer[str]
     start_time: _timestamp_pb2.Timestamp
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    memory: Memory
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("budget_bytes", "reserved_bytes", "live_bytes", "host_pool_bytes")
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    budget_bytes: int
+    reserved_bytes: int
+    live_bytes: _containers.RepeatedCompositeFieldContainer[DeviceBytes]
+    host_pool_bytes: int
+    def __init__(self, budget_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., live_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., host_pool_bytes: _Optional[int] = ...) -> None: ...

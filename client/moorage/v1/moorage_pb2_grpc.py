@@ -176,6 +176,21 @@ class ModelServiceStub(object):
                 request_serializer=moorage_dot_v1_dot_moorage__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=moorage_dot_v1_dot_moorage__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.RenewLease = channel.unary_unary(
+                '/moorage.v1.ModelService/RenewLease',
+                request_serializer=moorage_dot_v1_dot_moorage__pb2.RenewLeaseRequest.SerializeToString,
+                response_deserializer=moorage_dot_v1_dot_moorage__pb2.RenewLeaseResponse.FromString,
+                _registered_method=True)
+        self.ReleaseLease = channel.unary_unary(
+                '/moorage.v1.ModelService/ReleaseLease',
+                request_serializer=moorage_dot_v1_dot_moorage__pb2.ReleaseLeaseRequest.SerializeToString,
+                response_deserializer=moorage_dot_v1_dot_moorage__pb2.ReleaseLeaseResponse.FromString,
+                _registered_method=True)
+        self.WatchModels = channel.unary_stream(
+                '/moorage.v1.ModelService/WatchModels',
+                request_serializer=moorage_dot_v1_dot_moorage__pb2.WatchModelsRequest.SerializeToString,
+                response_deserializer=moorage_dot_v1_dot_moorage__pb2.WatchModelsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -206,7 +221,30 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """UnloadModel waits for the running forward passes, then frees the model's device memory.
+        """UnloadModel waits for the running forward passes, then frees the model's device memory. On a
+        model that is being loaded it cancels the load. A model that others lease is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLease(self, request, context):
+        """RenewLease lets a lease last as long again as it was taken for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseLease(self, request, context):
+        """ReleaseLease ends a lease. The model stays until its memory is needed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchModels(self, request, context):
+        """WatchModels streams what becomes of models: first how they are, unless the caller goes on
+        where it was, then every change. An empty message is a heartbeat, once a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -234,6 +272,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=moorage_dot_v1_dot_moorage__pb2.UnloadModelRequest.FromString,
                     response_serializer=moorage_dot_v1_dot_moorage__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'RenewLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLease,
+                    request_deserializer=moorage_dot_v1_dot_moorage__pb2.RenewLeaseRequest.FromString,
+                    response_serializer=moorage_dot_v1_dot_moorage__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'ReleaseLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseLease,
+                    request_deserializer=moorage_dot_v1_dot_moorage__pb2.ReleaseLeaseRequest.FromString,
+                    response_serializer=moorage_dot_v1_dot_moorage__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'WatchModels': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchModels,
+                    request_deserializer=moorage_dot_v1_dot_moorage__pb2.WatchModelsRequest.FromString,
+                    response_serializer=moorage_dot_v1_dot_moorage__pb2.WatchModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -345,6 +398,87 @@ class ModelService(object):
             '/moorage.v1.ModelService/UnloadModel',
             moorage_dot_v1_dot_moorage__pb2.UnloadModelRequest.SerializeToString,
             moorage_dot_v1_dot_moorage__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moorage.v1.ModelService/RenewLease',
+            moorage_dot_v1_dot_moorage__pb2.RenewLeaseRequest.SerializeToString,
+            moorage_dot_v1_dot_moorage__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moorage.v1.ModelService/ReleaseLease',
+            moorage_dot_v1_dot_moorage__pb2.ReleaseLeaseRequest.SerializeToString,
+            moorage_dot_v1_dot_moorage__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moorage.v1.ModelService/WatchModels',
+            moorage_dot_v1_dot_moorage__pb2.WatchModelsRequest.SerializeToString,
+            moorage_dot_v1_dot_moorage__pb2.WatchModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
+from moorage_models.plan import Plan
 
 
 @dataclass(frozen=True, order=True)
@@ -44,6 +45,19 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a model takes on each device; all devices of a mesh hold as much.
+
+    Attributes:
+        weights: Bytes of its parameters.
+        temporaries: Bytes that its largest program takes while it runs, at the most.
+    """
+
+    weights: int
+    temporaries: int
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What an engine has.
 
@@ -52,12 +66,14 @@ class EngineInfo:
         devices: The devices.
         mesh: Sizes of the mesh axes, outermost first.
         buckets: The shapes that it can serve, shortest first.
+        device_bytes: Bytes on each device that models may take.
     """
 
     platform: str
     devices: tuple[Device, ...]
     mesh: dict[str, int]
     buckets: tuple[Bucket, ...]
+    device_bytes: int
 
     def buckets_for(self, max_position: int) -> tuple[Bucket, ...]:
         """Those of one model: up to the first length that holds its whole context."""
@@ -88,6 +104,18 @@ class Engine(Protocol):
 
     def info(self) -> EngineInfo:
         """The devices, the mesh and the buckets."""
+        ...
+
+    def need(self, plan: Plan[Any], compute_dtype: str) -> Need:
+        """What a model takes on each device, at the most, before anything of it is there."""
+        ...
+
+    def live_bytes(self) -> dict[int, int]:
+        """Bytes of all arrays that are alive, by device id, as the runtime counts them."""
+        ...
+
+    def pool_bytes(self) -> int:
+        """Host memory that models have left behind, kept for those to come."""
         ...
 
     def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:

@@ -6,25 +6,32 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from moorage_models.arena import Arena
 from moorage_models.automodel import load, placer_for
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.plan import Plan
 from moorage_models.ring import WINDOW_BYTES
-from moorage_server.engine.api import Batch, Bucket, Device, EngineInfo
+from moorage_server.engine.api import Batch, Bucket, Device, EngineInfo, Need
 from moorage_server.engine.programs import Programs, compile_programs
+from moorage_server.engine.temporaries import temporary_bytes
 
 #: Sets of programs that are kept for models to come; every compile leaks some kilobytes for good.
 _KEPT_PROGRAMS = 8
+
+#: Of a device's memory, what models may take unless it is said.
+DEVICE_FRACTION = 0.9
 
 #: Of the host's memory, what models on CPU devices leave behind is kept up to one part in so many.
 _KEPT_FRACTION = 4
@@ -46,6 +53,7 @@ class LocalEngine:
         *,
         window: int = WINDOW_BYTES,
         stream: bool = False,
+        device_memory: float = DEVICE_FRACTION,
     ) -> None:
         """Makes an engine without models.
 
@@ -54,6 +62,8 @@ class LocalEngine:
             buckets: The shapes that are compiled for every model.
             window: Bytes of host memory that a load may take beyond the model.
             stream: Whether weights go from hubs to the devices without a copy on this machine.
+            device_memory: What models may take of each device: a fraction of its memory, or
+                bytes if it is more than 1.
         """
         self._mesh = mesh
         self._stream = stream
@@ -63,12 +73,33 @@ class LocalEngine:
         self._lock = threading.Lock()
         devices = tuple(Device(d.id, d.device_kind) for d in mesh.devices.flat)
         platform = str(mesh.devices.flat[0].platform)
-        self._placer = placer_for(mesh, _host_bytes() // _KEPT_FRACTION, window)
-        self._info = EngineInfo(platform, devices, dict(mesh.shape), self._buckets)
+        self._arena = Arena(_host_bytes() // _KEPT_FRACTION)
+        self._placer = placer_for(mesh, self._arena, window)
+        self._info = EngineInfo(
+            platform,
+            devices,
+            dict(mesh.shape),
+            self._buckets,
+            int(device_memory * (_memory_of(mesh) if device_memory <= 1 else 1)),
+        )
 
     def info(self) -> EngineInfo:
         """The devices, the mesh and the buckets."""
         return self._info
+
+    def need(self, plan: Plan[Any], compute_dtype: str) -> Need:
+        """What a model takes on each device, at the most."""
+        buckets = self._info.buckets_for(plan.config.max_position)
+        temporaries = temporary_bytes(plan, compute_dtype, dict(self._mesh.shape), buckets)
+        return Need(plan.device_bytes(dict(self._mesh.shape)), temporaries)
+
+    def live_bytes(self) -> dict[int, int]:
+        """Bytes of all arrays that are alive, by device id."""
+        return _device_bytes(jax.live_arrays())
+
+    def pool_bytes(self) -> int:
+        """Host memory that models have left behind, kept for those to come."""
+        return self._arena.kept
 
     def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
         """Fetches, places and compiles, side by side."""
@@ -80,12 +111,12 @@ class LocalEngine:
             except BaseException:
                 monitor.cancel()
                 raise
-        return _device_bytes(params)
+        return _device_bytes(params.values())
 
     def unload(self, handle: str) -> dict[int, int]:
         """Frees a model's arrays."""
         model = self._models.pop(handle)
-        freed = _device_bytes(model.params)
+        freed = _device_bytes(model.params.values())
         for array in model.params.values():
             array.delete()
         return freed
@@ -150,9 +181,15 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _device_bytes(params: dict[str, jax.Array]) -> dict[int, int]:
+def _memory_of(mesh: Mesh) -> int:
+    """Bytes of each device's memory; CPU devices share the host's."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    return int(stats.get("bytes_limit") or _host_bytes() // mesh.size)
+
+
+def _device_bytes(arrays: Iterable[jax.Array]) -> dict[int, int]:
     totals: dict[int, int] = {}
-    for array in params.values():
+    for array in arrays:
         for shard in array.addressable_shards:
             totals[shard.device.id] = totals.get(shard.device.id, 0) + shard.data.nbytes
     return totals

@@ -1,0 +1,115 @@
+"""Leases: promises that a model is not evicted, for a time, to clients with a name."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from moorage_server.errors import Reason, ServerError
+
+#: A lease is taken or renewed for this long at the most, in seconds.
+MAX_SECONDS = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One client's hold on one model.
+
+    Attributes:
+        id: What renews and releases it; only its holder knows it.
+        handle: The model.
+        client: Who holds it, as the client calls itself.
+        seconds: How long it lasts unless it is renewed.
+        expires: When it ends, on the clock of the table.
+    """
+
+    id: str
+    handle: str
+    client: str
+    seconds: float
+    expires: float
+
+
+class LeaseTable:
+    """Every lease that has not ended.
+
+    Attributes:
+        now: The clock, in seconds; any that does not go back.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self._leases: dict[str, Lease] = {}
+
+    def take(self, handle: str, client: str, seconds: float) -> Lease:
+        """Gives a client a lease on a model.
+
+        Raises:
+            ServerError: INVALID_REQUEST for a duration that cannot be.
+        """
+        check_seconds(seconds)
+        lease = Lease(secrets.token_hex(16), handle, client, seconds, self.now() + seconds)
+        self._leases[lease.id] = lease
+        return lease
+
+    def renew(self, lease_id: str) -> Lease:
+        """Lets a lease last as long again as it was taken for, from now on.
+
+        Raises:
+            ServerError: LEASE_UNKNOWN.
+        """
+        lease = self._known(lease_id)
+        renewed = replace(lease, expires=self.now() + lease.seconds)
+        self._leases[lease_id] = renewed
+        return renewed
+
+    def release(self, lease_id: str) -> Lease:
+        """Ends a lease.
+
+        Raises:
+            ServerError: LEASE_UNKNOWN.
+        """
+        self._known(lease_id)
+        return self._leases.pop(lease_id)
+
+    def of(self, handle: str) -> list[Lease]:
+        """The leases on a model, the oldest first."""
+        self._expire()
+        return [lease for lease in self._leases.values() if lease.handle == handle]
+
+    def drop(self, handle: str) -> None:
+        """Ends all leases on a model that is gone."""
+        self._leases = {i: lease for i, lease in self._leases.items() if lease.handle != handle}
+
+    def seconds_left(self, lease: Lease) -> float:
+        """How long a lease lasts if it is not renewed."""
+        return max(0.0, lease.expires - self.now())
+
+    def _known(self, lease_id: str) -> Lease:
+        self._expire()
+        if lease := self._leases.get(lease_id):
+            return lease
+        raise ServerError(
+            Reason.LEASE_UNKNOWN,
+            "this lease has expired or was released, or the server was started anew: load the "
+            "model again, which takes a new one",
+        )
+
+    def _expire(self) -> None:
+        now = self.now()
+        self._leases = {i: lease for i, lease in self._leases.items() if lease.expires > now}
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuses a duration that no lease can have.
+
+    Raises:
+        ServerError: INVALID_REQUEST.
+    """
+    if not 0 < seconds <= MAX_SECONDS:
+        raise ServerError(
+            Reason.INVALID_REQUEST,
+            f"a lease of {seconds:g} s: wanted more than 0 and at most {MAX_SECONDS:g}; it can be "
+            "renewed as often as needed",
+        )
