@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
@@ -20,6 +20,7 @@ from moorage_server.budget import Budget
 from moorage_server.changes import Changes
 from moorage_server.engine import Engine, Need
 from moorage_server.errors import Reason, ServerError
+from moorage_server.journal import Entry, Journal
 from moorage_server.leases import Lease, LeaseTable
 from moorage_server.lifecycle import State
 from moorage_server.model import Model, Snapshot
@@ -41,13 +42,28 @@ class ModelCache:
     """
 
     def __init__(
-        self, engine: Engine, policy: Policy, now: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        policy: Policy,
+        now: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
+        """Makes a cache without models.
+
+        Args:
+            engine: What owns the mesh.
+            policy: What may be read.
+            now: The clock of the leases, in seconds.
+            journal: Where is kept what is loaded; nowhere if None.
+        """
         self._engine = engine
         self._policy = policy
         self.budget = Budget(engine.info().device_bytes)
         self.leases = LeaseTable(now)
         self.changes: Changes[Snapshot] = Changes()
+        self._journal = journal
+        self._restoring: dict[str, asyncio.Task[None]] = {}
+        self._restored: list[Entry] = []
         self._admission = asyncio.Lock()
         self._turns = asyncio.Semaphore(_PARALLEL_LOADS)
         self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
@@ -136,6 +152,31 @@ class ModelCache:
             "same request gives the same handle",
         )
 
+    def restore(self) -> None:
+        """Starts to load what the journal says was loaded, and takes over the leases.
+
+        A model whose files have changed since has another handle; its leases end.
+        """
+        assert self._journal
+        entries, leases = self._journal.read(self.leases.now())
+        for lease in leases:
+            self.leases.restore(lease)
+        self._restored = entries
+        for entry in entries:
+            task = asyncio.create_task(self._restore(entry))
+            self._restoring[entry.handle] = task
+            task.add_done_callback(_retrieve)
+
+    async def when_ready(self, handle: str) -> Model:
+        """A model that can be run; waits for one that is being restored.
+
+        Raises:
+            ServerError: MODEL_NOT_LOADED.
+        """
+        if task := self._restoring.get(handle):
+            await asyncio.wait([task])
+        return self.ready(handle)
+
     def ready(self, handle: str) -> Model:
         """A model that can be run.
 
@@ -184,6 +225,16 @@ class ModelCache:
         """
         lease = self.leases.take(self.ready(model.handle).handle, client, seconds)
         self._changed(model)
+        return lease
+
+    def renew(self, lease_id: str) -> Lease:
+        """Lets a lease last its whole duration again.
+
+        Raises:
+            ServerError: LEASE_UNKNOWN.
+        """
+        lease = self.leases.renew(lease_id)
+        self._keep()
         return lease
 
     def release(self, lease_id: str) -> None:
@@ -292,6 +343,26 @@ class ModelCache:
 
     def _changed(self, model: Model) -> None:
         self.changes.add(self.snapshot(model))
+        self._keep()
+
+    def _keep(self) -> None:
+        """Writes the journal: what is ready, and what is still to be restored."""
+        if self._journal:
+            ready = [Entry(m.handle, _pinned(m)) for m in self.models() if m.state is State.READY]
+            waiting = [e for e in self._restored if e.handle in self._restoring]
+            self._journal.write([*waiting, *ready], self.leases.all(), self.leases.now())
+
+    async def _restore(self, entry: Entry) -> None:
+        try:
+            model = await self._join(entry.request, abandonable=False)
+            if model.handle != entry.handle:
+                _log.warning("%s is not what it was: its handle was %s", model.handle, entry.handle)
+                self.leases.drop(entry.handle)
+            assert model.load
+            await asyncio.wait([model.load])
+        finally:
+            del self._restoring[entry.handle]
+            self._keep()
 
     def _described(self, lease: Lease) -> str:
         return f"{lease.client or 'a client'} ({self.leases.seconds_left(lease):.0f} s left)"
@@ -334,6 +405,12 @@ def _end_of(error: BaseException) -> State:
         isinstance(error, ModelError) and error.reason is ModelReason.LOAD_CANCELLED
     )
     return State.CANCELLED if cancelled else State.FAILED
+
+
+def _pinned(model: Model) -> ModelRequest:
+    """What was asked for, at the revision that it stood for."""
+    checkpoint = model.checkpoint
+    return replace(checkpoint.request, revision=checkpoint.repository.revision)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

@@ -53,6 +53,15 @@ class LeaseTable:
         self._leases[lease.id] = lease
         return lease
 
+    def restore(self, lease: Lease) -> None:
+        """Takes over a lease of a server that is gone."""
+        self._leases[lease.id] = lease
+
+    def all(self) -> list[Lease]:
+        """Every lease, the oldest first."""
+        self._expire()
+        return list(self._leases.values())
+
     def renew(self, lease_id: str) -> Lease:
         """Lets a lease last as long again as it was taken for, from now on.
 

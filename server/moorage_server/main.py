@@ -25,6 +25,7 @@ from moorage_models.sources.source import cache_folder
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.local import DEVICE_FRACTION, LocalEngine, keep_compiled, make_mesh
+from moorage_server.journal import Journal
 from moorage_server.service import (
     MAX_MESSAGE_BYTES,
     ModelService,
@@ -76,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     places = tuple(args.allow) if args.allow else None
     policy = Policy(roots=tuple(root.resolve() for root in args.root), places=places)
-    return asyncio.run(_serve(args.listen, engine, policy))
+    journal = Journal(args.state / "models.json") if args.state else None
+    if args.restore and journal is None:
+        print("moorage serve: --restore needs --state, where the journal is", file=sys.stderr)
+        return 1
+    return asyncio.run(_serve(args.listen, engine, policy, journal, args.restore))
 
 
 def make_server(cache: ModelCache, engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:
@@ -103,14 +108,18 @@ def make_server(cache: ModelCache, engine: Engine, policy: Policy) -> tuple[grpc
     return server, healthy
 
 
-async def _serve(listen: str, engine: Engine, policy: Policy) -> int:
-    cache = ModelCache(engine, policy)
+async def _serve(
+    listen: str, engine: Engine, policy: Policy, journal: Journal | None, restore: bool
+) -> int:
+    cache = ModelCache(engine, policy, journal=journal)
     server, healthy = make_server(cache, engine, policy)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
         print(f"moorage serve: cannot listen on {listen}: is it in use?", file=sys.stderr)
         return 1
+    if restore:
+        cache.restore()
     await server.start()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     info = engine.info()
@@ -174,6 +183,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="bring safetensors from hubs to the devices without a copy on this machine; they are "
         "not compared with the hubs' digests then",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="where a journal is kept of what is loaded and leased",
+    )
+    parser.add_argument(
+        "--restore",
+        action="store_true",
+        help="load again what the journal in --state says was loaded; leases and handles hold",
     )
     parser.add_argument(
         "--compile-cache",

@@ -172,7 +172,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.RenewLeaseRequest, context: Context
     ) -> pb.RenewLeaseResponse:
         """Lets a lease last its whole duration again."""
-        lease = self._cache.leases.renew(request.lease_id)
+        lease = self._cache.renew(request.lease_id)
         return pb.RenewLeaseResponse(lease=convert.to_lease(lease, self._cache.leases.now()))
 
     async def ReleaseLease(  # noqa: N802
@@ -231,7 +231,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         self, request: pb.ForwardRequest, context: Context
     ) -> AsyncIterator[pb.ForwardResponse]:
         """Scores ragged rows."""
-        model = self._cache.ready(request.handle)
+        model = await self._cache.when_ready(request.handle)
         outputs = [name for name in OUTPUTS if getattr(request.outputs, name)] or ["logprobs"]
         rows = make_rows(request.token_ids, request.row_lengths, request.segment_ids)
         check_rows(rows, model.checkpoint.config, outputs, self._buckets(model))

@@ -1,0 +1,143 @@
+"""A server that was killed comes back with what it had: models, handles, leases, bits."""
+
+import json
+import stat
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moorage
+from cache_scenario import forward, load, reached, refusal, wanted
+from conftest import GOLDEN
+from engine_double import EngineDouble
+from moorage_models.sources import ModelRequest, ModelSource, Policy
+from moorage_server.cache import ModelCache
+from moorage_server.journal import Entry, Journal
+from moorage_server.leases import Lease
+from server_process import server_process
+
+REQUEST = ModelRequest("x", ModelSource.GCS, "gs://b/x", "rev", options=(("a", "1"),))
+LEASE = Lease("0" * 32, "h", "run 1", 60.0, 1050.0)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return Journal(tmp_path / "state" / "models.json")
+
+
+def test_a_journal_gives_back_what_was_written(journal):
+    assert journal.read(0.0) == ([], [])
+    journal.write([Entry("h", REQUEST)], [LEASE], now=1000.0)
+    entries, leases = journal.read(now=5.0)
+    assert entries == [Entry("h", REQUEST)]
+    assert leases == [replace(LEASE, expires=55.0)]  # what it had left, from now on
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    assert [path.name for path in journal.path.parent.iterdir()] == ["models.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 2}', '{"version": 1, "models": [{}]}']
+)
+def test_a_journal_that_cannot_be_read_is_passed_over(journal, text, caplog):
+    journal.path.parent.mkdir()
+    journal.path.write_text(text)
+    assert journal.read(0.0) == ([], [])
+    assert "is passed over" in caplog.text
+
+
+def test_a_journal_that_cannot_be_written_does_no_harm(journal, caplog):
+    journal.path.parent.write_text("a file")
+    journal.write([], [], 0.0)
+    assert "the journal cannot be written" in caplog.text
+
+
+def run(body):
+    import asyncio
+
+    return asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def handles(journal):
+    return [entry["handle"] for entry in json.loads(journal.path.read_text())["models"]]
+
+
+def test_the_journal_follows_what_is_loaded(journal):
+    async def body():
+        cache = ModelCache(EngineDouble(), Policy(), journal=journal)
+        first, second = await load(cache), await load(cache, wanted("gemma2"))
+        assert handles(journal) == [first.handle, second.handle]
+        await cache.unload(first.handle)
+        assert handles(journal) == [second.handle]
+        lease = cache.lease(second, "me", 60.0)
+        assert journal.read(0.0)[1][0].id == lease.id
+        cache.release(lease.id)
+        assert journal.read(0.0)[1] == []
+
+    run(body)
+
+
+def test_a_forward_waits_for_a_model_that_is_being_restored(journal):
+    async def body():
+        engine = EngineDouble()
+        before = ModelCache(engine, Policy(), journal=journal)
+        model = await load(before)
+        lease = before.lease(model, "me", 60.0)
+
+        engine = EngineDouble()
+        cache = ModelCache(engine, Policy(), journal=journal)
+        engine.hold("place")
+        cache.restore()
+        import asyncio
+
+        asked = asyncio.create_task(forward(cache, engine, model))
+        await reached(engine, "place")
+        assert not asked.done()
+        assert handles(journal) == [model.handle]  # as long as it is not ready, too
+        engine.release("place")
+        assert len(await asked) == 2
+        assert cache.renew(lease.id).client == "me"
+        assert [held.id for held in cache.leases.of(model.handle)] == [lease.id]
+
+    run(body)
+
+
+def test_a_model_that_cannot_be_restored_is_forgotten(journal):
+    async def body():
+        journal.write([Entry("gone", wanted("nothing"))], [replace(LEASE, handle="gone")], 0.0)
+        cache = ModelCache(EngineDouble(), Policy(), journal=journal)
+        cache.restore()
+        assert await refusal(cache.when_ready("gone")) == "MODEL_NOT_LOADED"
+        assert handles(journal) == []
+
+    run(body)
+
+
+def test_a_killed_server_comes_back_with_what_it_had(tmp_path: Path):
+    flags = ("--state", str(tmp_path / "state"), "--restore")
+    rows = [[1, 5, 9, 4], [7, 2]]
+    with server_process(GOLDEN, tmp_path, *flags) as server:
+        with moorage.connect(server.address) as client:
+            model = client.load("x", "internal", "llama3")
+            before = client.forward(model, rows)
+        server.kill()
+        begin = time.monotonic()
+        with (
+            server_process(GOLDEN, tmp_path, *flags, address=server.address) as again,
+            moorage.connect(again.address) as client,
+        ):
+            after = client.forward(model.handle, rows)
+            assert time.monotonic() - begin < 60
+            for one, other in zip(before.logprobs, after.logprobs, strict=True):
+                assert np.array_equal(one, other, equal_nan=True)
+            (found,) = client.models()
+            assert (found.handle, found.revision) == (model.handle, model.revision)
+
+
+def test_restore_wants_a_state_folder(tmp_path, capsys):
+    from moorage_server.main import main
+
+    assert main(["--restore", "--compile-cache", str(tmp_path)]) == 1
+    assert "--restore needs --state" in capsys.readouterr().err
