@@ -22,9 +22,11 @@ from moorage_models.errors import ModelError
 from moorage_models.ring import WINDOW_BYTES
 from moorage_models.sources import Policy
 from moorage_models.sources.source import cache_folder
+from moorage_server.accelerator import hold_accelerators
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.local import DEVICE_FRACTION, LocalEngine, keep_compiled, make_mesh
+from moorage_server.errors import ServerError
 from moorage_server.journal import Journal
 from moorage_server.service import (
     MAX_MESSAGE_BYTES,
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         force=True,  # packages that were imported above may have set it up already
     )
     try:
+        held = hold_accelerators()
         mesh = make_mesh(_sizes(args.mesh))
         buckets = _buckets(args.buckets, mesh.shape.get("fsdp", 1))
         engine = LocalEngine(
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device_memory=_device_memory(args.device_memory),
         )
         keep_compiled(args.compile_cache)
-    except (ModelError, OSError, ValueError) as error:
+    except (ModelError, ServerError, OSError, ValueError) as error:
         print(f"moorage serve: {error}", file=sys.stderr)
         return 1
     if missing := [str(root) for root in args.root if not root.is_dir()]:
@@ -81,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.restore and journal is None:
         print("moorage serve: --restore needs --state, where the journal is", file=sys.stderr)
         return 1
-    return asyncio.run(_serve(args.listen, engine, policy, journal, args.restore))
+    try:
+        return asyncio.run(_serve(args.listen, engine, policy, journal, args.restore))
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def make_server(cache: ModelCache, engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:

@@ -53,6 +53,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "OUTPUT_NOT_SERVED": grpc.StatusCode.FAILED_PRECONDITION,
     "NON_FINITE_OUTPUT": grpc.StatusCode.INTERNAL,
     "SERVER_DRAINING": grpc.StatusCode.UNAVAILABLE,
+    "ACCELERATOR_BUSY": grpc.StatusCode.FAILED_PRECONDITION,
     "INVALID_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
     "INTERNAL": grpc.StatusCode.INTERNAL,
 }
