@@ -18,6 +18,7 @@ from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
 from moorage_server.budget import Budget
 from moorage_server.changes import Changes
+from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Engine, Need
 from moorage_server.errors import Reason, ServerError
 from moorage_server.journal import Entry, Journal
@@ -69,7 +70,7 @@ class ModelCache:
         self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
         self._models: dict[str, Model] = {}
         self._load_threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
-        self.device_thread = ThreadPoolExecutor(1, "device")
+        self.device_thread = DeviceThread()
 
     async def look(self, request: ModelRequest) -> Checkpoint:
         """Looks into the source, and fetches nothing.
@@ -166,6 +167,11 @@ class ModelCache:
             task = asyncio.create_task(self._restore(entry))
             self._restoring[entry.handle] = task
             task.add_done_callback(_retrieve)
+
+    @property
+    def is_restoring(self) -> bool:
+        """Whether models of the server before this one are still to come."""
+        return bool(self._restoring)
 
     async def when_ready(self, handle: str) -> Model:
         """A model that can be run; waits for one that is being restored.
@@ -385,10 +391,9 @@ class ModelCache:
             return {}
         model.enter(State.DRAINING)
         await model.idle()
-        loop = asyncio.get_running_loop()
         try:
             # On the device thread, so that an abandoned forward pass ends first.
-            return await loop.run_in_executor(self.device_thread, self._engine.unload, model.handle)
+            return await self.device_thread.run(self._engine.unload, model.handle)
         finally:
             self._forget(model, State.UNLOADED)
 

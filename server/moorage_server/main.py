@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moorage.v1 import moorage_pb2 as pb
@@ -27,6 +27,7 @@ from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.local import DEVICE_FRACTION, LocalEngine, keep_compiled, make_mesh
 from moorage_server.errors import ServerError
+from moorage_server.health import report
 from moorage_server.journal import Journal
 from moorage_server.service import (
     MAX_MESSAGE_BYTES,
@@ -128,7 +129,7 @@ async def _serve(
     if restore:
         cache.restore()
     await server.start()
-    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    reporting = asyncio.create_task(report(cache, healthy))
     info = engine.info()
     mesh = ",".join(f"{name}={size}" for name, size in info.mesh.items())
     host = listen.rsplit(":", 1)[0]
@@ -138,6 +139,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await stop.wait()
     _log.info("stopping")
+    reporting.cancel()
     await healthy.enter_graceful_shutdown()
     cache.stop()
     await server.stop(_STOP_SECONDS)

@@ -237,8 +237,8 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         check_rows(rows, model.checkpoint.config, outputs, self._buckets(model))
         with model.use(len(rows.tokens)):
             queued = time.monotonic()
-            started, ended, values = await asyncio.get_running_loop().run_in_executor(
-                self._cache.device_thread, self._score, model, rows, outputs
+            started, ended, values = await self._cache.device_thread.run(
+                self._score, model, rows, outputs
             )
         header = _header(model, values)
         header.queue_time.CopyFrom(convert.duration(started - queued))
