@@ -79,6 +79,33 @@ def test_a_load_that_fails_leaves_no_array_behind(client, unlogged):
     client.unload(load(client, "llama3p2", dtype="float16"))
 
 
+def test_a_load_is_cancelled_while_a_program_is_compiled(client, unlogged):
+    before, compiling, done = live_bytes(), threading.Event(), threading.Event()
+
+    def stall(*arguments):
+        compiling.set()
+        assert done.wait(20)
+        return compile_programs(*arguments)
+
+    compile_programs = local.compile_programs
+    with mock.patch.object(local, "compile_programs", stall), ThreadPoolExecutor(1) as pool:
+        try:
+            loading = pool.submit(
+                load, client, "llama3p2", dtype="float16", compute_dtype="bfloat16"
+            )
+            assert compiling.wait(20)
+            (model,) = (m for m in client.models() if m.state == "loading")
+            begin = time.monotonic()
+            assert client.unload(model) == {}
+            assert time.monotonic() - begin < 1
+            with pytest.raises(moorage.Cancelled) as caught:
+                loading.result(20)
+            assert caught.value.reason == "LOAD_CANCELLED"
+        finally:
+            done.set()
+    wait_for(lambda: live_bytes() == before)
+
+
 def test_what_is_loaded_is_not_loaded_again(client, server):
     model = load(client)
     loads = len(server.engine.loads)

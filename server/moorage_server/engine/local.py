@@ -7,7 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from moorage_server.engine.temporaries import temporary_bytes
 
 #: Sets of programs that are kept for models to come; every compile leaks some kilobytes for good.
 _KEPT_PROGRAMS = 8
+
+_POLL_SECONDS = 0.1
 
 #: Of a device's memory, what models may take unless it is said.
 DEVICE_FRACTION = 0.9
@@ -102,23 +104,32 @@ class LocalEngine:
         return self._arena.kept
 
     def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
-        """Fetches, places and compiles, side by side."""
-        with ThreadPoolExecutor(1, "programs") as pool:
+        """Fetches, places and compiles, side by side.
+
+        A compile cannot be stopped: when the load ends early, one that runs is left to its end.
+        """
+        pool = ThreadPoolExecutor(1, "programs")
+        try:
             programs = pool.submit(self._compile, checkpoint, monitor)
-            try:
-                params, _ = load(checkpoint, self._mesh, monitor, self._placer, stream=self._stream)
-                self._models[handle] = _Loaded(params, programs.result())
-            except BaseException:
-                monitor.cancel()
-                raise
+            params, _ = load(checkpoint, self._mesh, monitor, self._placer, stream=self._stream)
+            self._models[handle] = _Loaded(params, _wait(programs, monitor))
+        except BaseException:
+            monitor.cancel()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return _device_bytes(params.values())
 
     def unload(self, handle: str) -> dict[int, int]:
-        """Frees a model's arrays."""
-        model = self._models.pop(handle)
-        freed = _device_bytes(model.params.values())
-        for array in model.params.values():
+        """Frees a model's arrays, and counts those that are gone."""
+        arrays = list(self._models.pop(handle).params.values())
+        held = [_device_bytes([array]) for array in arrays]
+        for array in arrays:
             array.delete()
+        freed: dict[int, int] = {}
+        for array, nbytes in zip(arrays, held, strict=True):
+            for device, count in nbytes.items() if array.is_deleted() else ():
+                freed[device] = freed.get(device, 0) + count
         return freed
 
     def forward(self, handle: str, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
@@ -142,6 +153,13 @@ class LocalEngine:
             while len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
         return programs
+
+
+def _wait(programs: Future[Programs], monitor: LoadMonitor) -> Programs:
+    while not programs.done():
+        monitor.check()
+        wait([programs], _POLL_SECONDS)
+    return programs.result()
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

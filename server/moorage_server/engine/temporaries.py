@@ -50,21 +50,36 @@ def temporary_bytes(
         buckets: The shapes that are served; at least one.
         platform: Of the devices. On `cpu` experts take less; see `moorage_models.moe`.
     """
-    del compute_dtype
     chunks = max(_tokens(bucket, mesh) for bucket in buckets) * plan.config.embed_dim
     copies = 1 if platform == "cpu" else plan.config.experts_per_token
-    trunk = _weight_values(plan, mesh) + max(
+    trunk = _weight_values(plan, compute_dtype, mesh) + max(
         _tokens(bucket, mesh) * _token_values(plan.config, mesh, bucket, copies)
         for bucket in buckets
     )
     return _WIDE * (chunks + max(trunk, _head_values(plan, mesh)))
 
 
-def _weight_values(plan: Plan[Any], mesh: MeshShape) -> int:
-    """One layer's weights, and the embedding table if it is gathered before rows are taken."""
-    layer = [_copied(p, plan.config, mesh) for p in plan.parameters if p.name.startswith(LAYERS)]
-    stored, used = _layouts(_parameter(plan, "embed"), plan.config, mesh)
-    return sum(layer) + (stored + used if used > stored else 0)
+def _weight_values(plan: Plan[Any], compute_dtype: str, mesh: MeshShape) -> int:
+    """One layer's weights, whole stacks that are copied, and the embedding table if gathered."""
+    layer = [p for p in plan.parameters if p.name.startswith(LAYERS)]
+    copied = [_copied(p, plan.config, mesh) for p in layer]
+    stacks = sum(_stack_values(p, plan.config, compute_dtype, mesh) for p in layer)
+    embed = _parameter(plan, "embed")
+    table = _copied(embed, plan.config, mesh) if _is_gathered(embed, plan.config, mesh) else 0
+    return sum(copied) + max(copied) + stacks + table  # the largest once more, on its way
+
+
+def _stack_values(
+    parameter: PlannedParameter[Any], config: ModelConfig, compute_dtype: str, mesh: MeshShape
+) -> int:
+    """Values of a stack that the CPU's compiler lays out anew for its gathers, before the loop.
+
+    It does where a gather takes the stack's own values. bfloat16 is widened first, in the loop.
+    """
+    if parameter.dtype != compute_dtype or compute_dtype == "bfloat16":
+        return 0
+    stored, _ = _layouts(parameter, config, mesh)
+    return stored * parameter.shape[0] if _is_gathered(parameter, config, mesh) else 0
 
 
 def _token_values(config: ModelConfig, mesh: MeshShape, bucket: Bucket, copies: int) -> int:
@@ -104,6 +119,11 @@ def _copied(parameter: PlannedParameter[Any], config: ModelConfig, mesh: MeshSha
     """Values of a parameter as it is multiplied, and of what is gathered if it is."""
     stored, used = _layouts(parameter, config, mesh)
     return stored + used if used > stored else used
+
+
+def _is_gathered(parameter: PlannedParameter[Any], config: ModelConfig, mesh: MeshShape) -> bool:
+    stored, used = _layouts(parameter, config, mesh)
+    return used > stored
 
 
 def _layouts(
