@@ -50,25 +50,29 @@ class Budget:
         """Takes back what a model was promised, if anything was."""
         self._needs.pop(handle, None)
 
-    def victims(self, need: Need, candidates: Sequence[str]) -> list[str] | None:
+    def victims(
+        self, need: Need, candidates: Sequence[str], leaving: Collection[str] = ()
+    ) -> list[str] | None:
         """Which models have to go so that another fits.
 
         Args:
             need: What the other one takes.
             candidates: Models that may go, the least recently used first.
+            leaving: Models that go anyway.
 
         Returns:
             As few as that order allows; None if it does not fit even without all of them.
         """
         going: list[str] = []
         for handle in candidates:
-            if self.fits(need, going):
+            if self.fits(need, [*leaving, *going]):
                 break
             going.append(handle)
-        if not self.fits(need, going):
+        if not self.fits(need, [*leaving, *going]):
             return None
         for handle in list(going):
-            if self.fits(need, others := [other for other in going if other != handle]):
+            others = [other for other in going if other != handle]
+            if self.fits(need, [*leaving, *others]):
                 going = others
         return going
 

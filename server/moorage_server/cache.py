@@ -108,14 +108,24 @@ class ModelCache:
 
         Returns:
             A task that gives the model, loaded or not, or raises whatever stands in the way of a
-            load. It is not the caller's to cancel: wait for it, or shield it.
+            load. It is not the caller's to cancel: wait for it, or shield it. Its caller counts as
+            one who waits, and has to `watch` the model, or else to `leave`.
         """
-        task = asyncio.create_task(self._join(request, abandonable))
+        task = asyncio.create_task(self._joined(request, abandonable))
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
+    def leave(self, join: asyncio.Task[Model]) -> None:
+        """Ends a join, over or not, whose caller goes before it watches the model."""
+
+        def left(join: asyncio.Task[Model]) -> None:
+            if not join.cancelled() and not join.exception():
+                self._left(join.result())
+
+        join.add_done_callback(left)
+
     async def watch(self, model: Model) -> AsyncGenerator[None, None]:
-        """Yields whenever progress may have changed, until the model is ready.
+        """Yields whenever progress may have changed, until the model that was joined is ready.
 
         Leaving early leaves the load running, unless all who watched it want otherwise.
 
@@ -123,16 +133,13 @@ class ModelCache:
             ModelError: The load failed or was cancelled.
         """
         assert model.load
-        model.waiters += 1
         try:
             while not model.load.done():
                 yield
                 await asyncio.wait([model.load], timeout=_WATCH_SECONDS)
             model.load.result()
         finally:
-            model.waiters -= 1
-            if model.abandonable and not model.waiters and not model.load.done():
-                self._let_go(model)
+            self._left(model)
 
     def models(self) -> list[Model]:
         """Every model, oldest first."""
@@ -268,6 +275,18 @@ class ModelCache:
         for monitor in looks + [model.monitor for model in self.models()]:
             monitor.cancel()
 
+    async def _joined(self, request: ModelRequest, abandonable: bool) -> Model:
+        model = await self._join(request, abandonable)
+        model.waiters += 1
+        return model
+
+    def _left(self, model: Model) -> None:
+        """Takes note that somebody waits no longer."""
+        assert model.load
+        model.waiters -= 1
+        if model.abandonable and not model.waiters and not model.load.done():
+            self._let_go(model)
+
     async def _join(self, request: ModelRequest, abandonable: bool) -> Model:
         checkpoint = await self.resolve(request)
         handle = handle_of(checkpoint, self._engine.info().mesh)
@@ -295,6 +314,8 @@ class ModelCache:
                     model.monitor,
                 )
             model.enter(State.READY)
+            if model.unload:  # asked for too late to stop the load
+                model.enter(State.DRAINING)
         except BaseException as error:
             self._forget(model, _end_of(error))
             if isinstance(error, asyncio.CancelledError) and model.unload:
@@ -316,7 +337,7 @@ class ModelCache:
                 leaving = {m.handle: m.unload for m in self.models() if m.unload}
                 if not self.budget.fits(need, leaving):
                     candidates = [m.handle for m in self._evictable()]
-                    victims = self.budget.victims(need, [*leaving, *candidates])
+                    victims = self.budget.victims(need, candidates, leaving)
                     if victims is None:
                         raise self._refused(model, need)
                     for handle in victims:
@@ -376,6 +397,8 @@ class ModelCache:
     def _let_go(self, model: Model) -> asyncio.Task[dict[int, int]]:
         """Starts to unload a model, or joins that."""
         if model.unload is None:
+            if model.state is State.READY:  # at once: nobody may lease or run it from here on
+                model.enter(State.DRAINING)
             model.unload = asyncio.create_task(self._unload(model))
             model.unload.add_done_callback(_retrieve)
         return model.unload
@@ -387,9 +410,8 @@ class ModelCache:
             if model.state is State.QUEUED:
                 model.load.cancel()
             await asyncio.wait([model.load])
-        if model.state is not State.READY:  # nothing is left of a load that failed
+        if model.state is not State.DRAINING:  # nothing is left of a load that failed
             return {}
-        model.enter(State.DRAINING)
         await model.idle()
         try:
             # On the device thread, so that an abandoned forward pass ends first.

@@ -133,12 +133,16 @@ class ModelService(pb_grpc.ModelServiceServicer):
         """Joins or starts a load, and yields its progress until it is over."""
         begin, wanted = time.monotonic(), convert.to_request(request.model)
         join = self._cache.join(wanted, abandonable=request.cancel_if_abandoned)
-        while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
-            yield pb.LoadProgress(
-                state=pb.MODEL_STATE_RESOLVING,
-                stages=convert.to_stages(self._cache.resolving(wanted)),
-                elapsed=convert.duration(time.monotonic() - begin),
-            )
+        try:
+            while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
+                yield pb.LoadProgress(
+                    state=pb.MODEL_STATE_RESOLVING,
+                    stages=convert.to_stages(self._cache.resolving(wanted)),
+                    elapsed=convert.duration(time.monotonic() - begin),
+                )
+        except (asyncio.CancelledError, GeneratorExit):
+            self._cache.leave(join)
+            raise
         model = join.result()
         started.set_result(model)
         last, sent = pb.LoadProgress(), 0.0

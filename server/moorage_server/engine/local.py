@@ -92,8 +92,9 @@ class LocalEngine:
     def need(self, plan: Plan[Any], compute_dtype: str) -> Need:
         """What a model takes on each device, at the most."""
         buckets = self._info.buckets_for(plan.config.max_position)
-        temporaries = temporary_bytes(plan, compute_dtype, dict(self._mesh.shape), buckets)
-        return Need(plan.device_bytes(dict(self._mesh.shape)), temporaries)
+        mesh = dict(self._mesh.shape)
+        temporaries = temporary_bytes(plan, compute_dtype, mesh, buckets, self._info.platform)
+        return Need(plan.device_bytes(mesh), temporaries)
 
     def live_bytes(self) -> dict[int, int]:
         """Bytes of all arrays that are alive, by device id."""

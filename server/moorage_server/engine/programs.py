@@ -82,8 +82,8 @@ class Programs:
         for first in range(0, max(batch.lengths), step):
             targets = following[:, first : first + step].reshape(-1)
             for name, result in results.items():
-                head = self.heads[name](head_params, chunks[first // step], targets)
-                values = np.asarray(head).reshape(rows, step, *result.shape[1:])
+                values = np.asarray(self.heads[name](head_params, chunks[first // step], targets))
+                values = values.reshape(rows, step, *result.shape[1:])
                 for row, real in enumerate(batch.lengths):
                     count = min(step, real - first)
                     if count > 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moorage_models.attention import QUERY_BLOCK
@@ -29,120 +30,126 @@ def temporary_bytes(
     compute_dtype: str,
     mesh: MeshShape,
     buckets: Sequence[Bucket],
-    platform: str = "tpu",
+    platform: str = "",
 ) -> int:
     """Bytes on each device that a forward pass takes beside the parameters, at the most.
 
-    That is the temporaries, results and other arguments of the largest program, and what is kept
+    Those are the temporaries, results and other arguments of the largest program, and what stays
     from one program to the next: the trunk's chunks until the heads are done, and a head's result
-    while the next one runs. Values are counted as float32, and as if little of a layer were freed
-    before its end.
+    while the next one runs. Everything is counted as float32, and little as freed before its
+    layer ends.
 
-    The tests compare it with `memory_analysis()` of programs compiled for CPU, where models of
-    published sizes take a third of it or more. TPU programs, compiled for v5e without a device,
-    were compared once: theirs took less than the bound, and mostly half as much as CPU's or less
-    where weights are widened.
+    The tests compare it with `memory_analysis()` of the programs as compiled for CPU: at the
+    published sizes that they try it is at most three times as much. Some of these were compiled
+    once for a TPU v5e, without the device: there it was 1.8 to 3.2 times as much. A TPU
+    multiplies bfloat16 as it is, and frees more.
 
     Args:
         plan: The model.
-        compute_dtype: Dtype of the arithmetic; none takes more than float32, which is counted.
+        compute_dtype: Dtype of the arithmetic.
         mesh: Sizes of the mesh axes.
         buckets: The shapes that are served; at least one.
-        platform: Of the devices. On `cpu` experts take less; see `moorage_models.moe`.
+        platform: Of the devices; `cpu` and `tpu` are told apart, else the larger is counted.
     """
-    chunks = max(_tokens(bucket, mesh) for bucket in buckets) * plan.config.embed_dim
-    copies = 1 if platform == "cpu" else plan.config.experts_per_token
-    trunk = _weight_values(plan, compute_dtype, mesh) + max(
-        _tokens(bucket, mesh) * _token_values(plan.config, mesh, bucket, copies)
-        for bucket in buckets
+    config = plan.config
+    shares = {p.name: _share(p, config, mesh) for p in plan.parameters}
+    chunks = max(_tokens(bucket, mesh) for bucket in buckets) * config.embed_dim
+    activations = max(_activations(config, mesh, bucket, platform) for bucket in buckets)
+    stacks = 0 if platform == "tpu" else _laid_anew(plan, compute_dtype, shares)
+    trunk = _weights(shares) + stacks + activations
+    return _WIDE * (chunks + max(trunk, _head(config, mesh, shares)))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One device's values of a parameter, or of one layer of a stack.
+
+    Attributes:
+        stored: As it is stored.
+        used: As it is multiplied.
+    """
+
+    stored: int
+    used: int
+
+    @property
+    def gathered(self) -> int:
+        """What a gather takes and gives; 0 without one."""
+        return self.stored + self.used if self.used > self.stored else 0
+
+    @property
+    def widened(self) -> int:
+        """What a product takes beside the parameter itself."""
+        return self.gathered or self.used
+
+
+def _share(parameter: PlannedParameter[Any], config: ModelConfig, mesh: MeshShape) -> _Share:
+    letters = PARAMETERS[parameter.name].axes.split()
+    stacked = len(parameter.shape) - len(letters)
+    stored = shard_shape(parameter.shape, parameter.spec(mesh), mesh)[stacked:]
+    used = shard_shape(parameter.shape[stacked:], compute_spec(letters, config, mesh), mesh)
+    return _Share(math.prod(stored), math.prod(used))
+
+
+def _weights(shares: Mapping[str, _Share]) -> int:
+    """A layer's weights, the largest twice, and the embedding table if it is gathered.
+
+    Twice, because experts are copied, one parameter at a time, on their way to their own loop.
+    Rows are taken from a table that lies where it is used without a copy of it.
+    """
+    layer = [share.widened for name, share in shares.items() if name.startswith(LAYERS)]
+    return sum(layer) + max(layer) + shares["embed"].gathered
+
+
+def _laid_anew(plan: Plan[Any], compute_dtype: str, shares: Mapping[str, _Share]) -> int:
+    """Whole stacks that the CPU's compiler copies into another layout before the loop.
+
+    It wants the axis that is gathered first. A stack that is cast in the loop stays as it is, and
+    so does bfloat16, which is widened there.
+    """
+    return sum(
+        shares[p.name].stored * p.shape[0]
+        for p in plan.parameters
+        if p.name.startswith(LAYERS)
+        and shares[p.name].gathered
+        and p.dtype == compute_dtype != "bfloat16"
     )
-    return _WIDE * (chunks + max(trunk, _head_values(plan, mesh)))
 
 
-def _weight_values(plan: Plan[Any], compute_dtype: str, mesh: MeshShape) -> int:
-    """One layer's weights, whole stacks that are copied, and the embedding table if gathered."""
-    layer = [p for p in plan.parameters if p.name.startswith(LAYERS)]
-    copied = [_copied(p, plan.config, mesh) for p in layer]
-    stacks = sum(_stack_values(p, plan.config, compute_dtype, mesh) for p in layer)
-    embed = _parameter(plan, "embed")
-    table = _copied(embed, plan.config, mesh) if _is_gathered(embed, plan.config, mesh) else 0
-    return sum(copied) + max(copied) + stacks + table  # the largest once more, on its way
-
-
-def _stack_values(
-    parameter: PlannedParameter[Any], config: ModelConfig, compute_dtype: str, mesh: MeshShape
-) -> int:
-    """Values of a stack that the CPU's compiler lays out anew for its gathers, before the loop.
-
-    It does where a gather takes the stack's own values. bfloat16 is widened first, in the loop.
-    """
-    if parameter.dtype != compute_dtype or compute_dtype == "bfloat16":
-        return 0
-    stored, _ = _layouts(parameter, config, mesh)
-    return stored * parameter.shape[0] if _is_gathered(parameter, config, mesh) else 0
-
-
-def _token_values(config: ModelConfig, mesh: MeshShape, bucket: Bucket, copies: int) -> int:
-    """What a layer holds for each token of the device.
-
-    Args:
-        config: The configuration.
-        mesh: Sizes of the mesh axes.
-        bucket: The shape.
-        copies: Of each token, as rows for its experts.
-    """
+def _activations(config: ModelConfig, mesh: MeshShape, bucket: Bucket, platform: str) -> int:
+    """What a layer holds of its tokens."""
     queries, keys, hidden = (_own(letter, config, mesh) for letter in "nkf")
     # The residual and its next value, a norm in both dtypes, a branch before and after its sum.
     stream = 6 * config.embed_dim
     # Queries, and keys and values repeated as often: projected, normed, rotated, moved; the means.
     heads = 8 * queries + 5 * keys
-    # Of one block of queries: scores, their exponentials and the weights. The blocks of a row
-    # run one after the other, so a token has a share of one block's.
+    # Scores, their exponentials and the weights, of one block of queries to each token as a key:
+    # blocks run one after the other.
     scores = 3 * queries // config.head_dim * _block(bucket)
-    if not config.num_experts:
-        return stream + heads + scores + 3 * hidden  # gate, up, product
-    # Rows sent to the experts and back, gate, up and product of each; the router's shares.
-    rows = copies * (2 * config.embed_dim + 3 * config.expert_hidden_dim)
-    return stream + heads + scores + rows + 3 * config.num_experts
+    feed = _experts(config, platform) if config.num_experts else 3 * hidden  # gate, up, product
+    return _tokens(bucket, mesh) * (stream + heads + scores + feed)
 
 
-def _head_values(plan: Plan[Any], mesh: MeshShape) -> int:
-    """The head's weight, and logits of a chunk: split, and whole in this result and the last."""
-    head = _parameter(plan, head_parameter(plan.config))
-    outputs = head.shape[0]
+def _experts(config: ModelConfig, platform: str) -> int:
+    """What the experts hold of each token: see `moorage_models.moe`.
+
+    Rows sent and brought back, gate, up and product of each, and the router's shares. On CPU the
+    experts run one by one, and a token is one row.
+    """
+    rows = 1 if platform == "cpu" else config.experts_per_token
+    return rows * (2 * config.embed_dim + 3 * config.expert_hidden_dim) + 3 * config.num_experts
+
+
+def _head(config: ModelConfig, mesh: MeshShape, shares: Mapping[str, _Share]) -> int:
+    """The head's weight, and a chunk's logits: split, and whole in this result and the last."""
+    outputs = config.num_labels or config.vocab_size
     whole = 3 * mesh.get(FSDP, 1) * outputs  # gathered, returned, and still held from before
-    split = 2 * outputs + 2 * plan.config.embed_dim
-    return _copied(head, plan.config, mesh) + CHUNK * (whole + split)
-
-
-def _copied(parameter: PlannedParameter[Any], config: ModelConfig, mesh: MeshShape) -> int:
-    """Values of a parameter as it is multiplied, and of what is gathered if it is."""
-    stored, used = _layouts(parameter, config, mesh)
-    return stored + used if used > stored else used
-
-
-def _is_gathered(parameter: PlannedParameter[Any], config: ModelConfig, mesh: MeshShape) -> bool:
-    stored, used = _layouts(parameter, config, mesh)
-    return used > stored
-
-
-def _layouts(
-    parameter: PlannedParameter[Any], config: ModelConfig, mesh: MeshShape
-) -> tuple[int, int]:
-    """Values on each device of one layer of a parameter: as stored, and as multiplied."""
-    letters = PARAMETERS[parameter.name].axes.split()
-    stacked = len(parameter.shape) - len(letters)
-    stored = shard_shape(parameter.shape, parameter.spec(mesh), mesh)[stacked:]
-    used = shard_shape(parameter.shape[stacked:], compute_spec(letters, config, mesh), mesh)
-    return math.prod(stored), math.prod(used)
-
-
-def _parameter(plan: Plan[Any], name: str) -> PlannedParameter[Any]:
-    return next(p for p in plan.parameters if p.name == name)
+    split = 2 * outputs + 2 * config.embed_dim
+    return shares[head_parameter(config)].widened + CHUNK * (whole + split)
 
 
 def _tokens(bucket: Bucket, mesh: MeshShape) -> int:
-    """Tokens on each device, padded to whole blocks of queries."""
+    """Tokens on each device, rows padded to whole blocks of queries."""
     block = _block(bucket)
     return bucket.rows // mesh.get(FSDP, 1) * -(-bucket.length // block) * block
 
