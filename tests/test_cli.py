@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
@@ -36,6 +37,9 @@ def test_resolve(run):
         loadable=True,
         config=CONFIG,
         device_bytes=[pb.DeviceBytes(device_id=0, bytes=3 << 30)],
+        budget=pb.BudgetEstimate(
+            needed_bytes=4 << 30, free_bytes=1 << 30, fits=True, evicted=["c3"]
+        ),
     )
     with serving(ResolveName=lambda *_: response) as fake:
         code, out, err = run(
@@ -50,6 +54,9 @@ def test_resolve(run):
         "checked        name, preset",
         "loadable       yes",
         "device memory  3.0 GiB on one device",
+        "needed         4.0 GiB on each device",
+        "free           1.0 GiB on each device",
+        "fits           yes, after evicting c3",
     ]
     assert fake.requests[0] == pb.ResolveNameRequest(
         model=pb.ModelSpec(
@@ -58,6 +65,14 @@ def test_resolve(run):
         check_source=True,
         estimate=True,
     )
+
+
+@pytest.mark.parametrize(("fits", "text"), [(True, "fits      yes"), (False, "fits      no")])
+def test_resolve_says_whether_a_model_fits_as_it_is(run, fits, text):
+    response = pb.ResolveNameResponse(loadable=True, budget=pb.BudgetEstimate(fits=fits))
+    with serving(ResolveName=lambda *_: response) as fake:
+        _, out, _ = run("resolve", "gemma2_2b", "--estimate", "--server", fake.address)
+    assert text in out.splitlines()
 
 
 def test_resolve_of_what_cannot_be_loaded_exits_with_1(run):
@@ -99,20 +114,64 @@ def test_load_json(run):
     assert "client" not in found
 
 
-def test_ps(run):
+def leased(model: pb.Model, **seconds_left: float) -> pb.Model:
+    """The same model with leases, by client."""
+    model = pb.Model.FromString(model.SerializeToString())
+    for client, seconds in seconds_left.items():
+        model.leases.add(client=client).time_left.FromMilliseconds(int(seconds * 1000))
+    return model
+
+
+PS = """\
+HANDLE  MODEL              STATE        DTYPE  EACH/ALL     LEASES     USED   RUN  FWDS    TOKENS
+a1b2    google/gemma-2-2b  ready        bf16   3.0/3.0 GiB  2          -        0  4       99
+c3                         loading 43%         -            -          -        0  0       0
+a1b2    google/gemma-2-2b  ready        bf16   3.0/3.0 GiB  run7 42 s  2 min    3  104.2k  123.5M
+"""
+
+
+def test_ps(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     loading = pb.Model(handle="c3", state=pb.MODEL_STATE_LOADING)
     loading.progress.stages.add(stage="place", done=43, total=100)
-    response = pb.ListModelsResponse(models=[MODEL, loading])
-    with serving(ListModels=lambda *_: response) as fake:
+    busy = leased(MODEL, run7=42.4)
+    busy.running_count, busy.forward_count, busy.token_count = 3, 104_233, 123_456_789
+    busy.last_use_time.FromDatetime(datetime.now(UTC) - timedelta(seconds=125))
+    models = [leased(MODEL, a=1, b=2), loading, busy]
+    with serving(ListModels=lambda *_: pb.ListModelsResponse(models=models)) as fake:
         code, out, _ = run("ps", "--server", fake.address)
     assert code == 0
-    title, first, second = out.splitlines()
-    assert title.split() == [
-        "HANDLE", "MODEL", "STATE", "DTYPE", "SIZE", "AGE", "LAST", "USE", "FORWARDS", "TOKENS",
-    ]  # fmt: skip
-    assert first.startswith("a1b2    google/gemma-2-2b  ready        bfloat16  3.0 GiB  ")
-    assert first.endswith("         4      99")
-    assert second.startswith("c3                         loading 43%            0 B")
+    assert out == PS
+
+
+def no_terminal(_):
+    raise OSError("not a terminal")
+
+
+@pytest.mark.parametrize(("columns", "width"), [("", 100), ("90", 90), ("20", 84), ("300", 130)])
+def test_ps_is_as_wide_as_the_terminal(run, monkeypatch, columns, width):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(os, "get_terminal_size", no_terminal)
+    model = leased(MODEL, somebody_with_a_long_name=42.4)
+    model.handle = "7b05dfd52e9b"
+    model.spec.model_id = "meta-llama/Llama-3.1-8B-Instruct"
+    with serving(ListModels=lambda *_: pb.ListModelsResponse(models=[model])) as fake:
+        _, out, _ = run("ps", "--server", fake.address)
+    title, line = out.splitlines()
+    assert len(title) == width
+    assert "B-Instruct" in line or width == 84
+    assert "me 42 s" in line
+
+
+def test_ps_json_has_everything(run):
+    model = leased(MODEL, run7=42.5)
+    model.running_count, model.reserved_bytes = 3, 5
+    model.history.add(state=pb.MODEL_STATE_READY).time.FromSeconds(0)
+    with serving(ListModels=lambda *_: pb.ListModelsResponse(models=[model])) as fake:
+        (found,) = json.loads(run("ps", "--json", "--server", fake.address)[1])
+    assert found["leases"] == [{"id": "", "client": "run7", "seconds": 0.0, "seconds_left": 42.5}]
+    assert found["history"] == {"ready": "1970-01-01T00:00:00+00:00"}
+    assert (found["running_count"], found["reserved_bytes"]) == (3, 5)
 
 
 def test_ps_of_an_empty_server(run, monkeypatch):
@@ -216,6 +275,20 @@ def test_unload(run):
         "google/gemma-2-2b (a1b2) is unloaded; freed 3.0 GiB on 2 devices, at most 3.0 GiB on one\n"
     )
     assert json.loads(document) == {"handle": "a1b2", "device_bytes": {"0": 3221225472, "1": 7}}
+    assert not fake.requests[1].force
+
+
+def test_unload_of_what_others_lease(run):
+    def unload(request, context):
+        if not request.force:
+            fail(context, grpc.StatusCode.FAILED_PRECONDITION, "leased by run 7", "MODEL_LEASED")
+        return pb.UnloadModelResponse()
+
+    with serving(ListModels=lambda *_: MODELS, UnloadModel=unload) as fake:
+        refused = run("unload", "a1b2", "--server", fake.address)
+        code, out, _ = run("unload", "a1b2", "--force", "--server", fake.address)
+    assert refused == (1, "", "moorage: MODEL_LEASED: leased by run 7\n")
+    assert (code, out) == (0, "google/gemma-2-2b (a1b2) is unloaded; freed 0 B\n")
 
 
 def test_status(run):
@@ -226,14 +299,23 @@ def test_status(run):
         mesh=[pb.MeshAxis(name="fsdp", size=1), pb.MeshAxis(name="tp", size=8)],
         buckets=[pb.Bucket(rows=4, length=512)],
         limits=pb.Limits(max_message_bytes=4 << 20, max_sequence_length=512),
+        memory=pb.Memory(
+            budget_bytes=8 << 30,
+            reserved_bytes=5 << 20,
+            live_bytes=[pb.DeviceBytes(device_id=0, bytes=2560)],
+            host_pool_bytes=3 << 10,
+        ),
     )
     with serving(GetServerInfo=lambda *_: response) as fake:
         code, out, _ = run("status", "--server", fake.address)
         _, document, _ = run("status", "--json", "--server", fake.address)
     assert code == 0
-    assert "mesh             fsdp=1, tp=8\n" in out
-    assert "largest request  4.0 MiB\n" in out
-    assert out.endswith("DEVICE  KIND  MODELS\n     0  cpu   1.5 KiB\n")
+    assert "mesh              fsdp=1, tp=8\n" in out
+    assert "largest request   4.0 MiB\n" in out
+    assert "models may take   8.0 GiB of each device\n" in out
+    assert "reserved          5.0 MiB of each device\n" in out
+    assert "host memory kept  3.0 KiB\n" in out
+    assert out.endswith("DEVICE  KIND  MODELS   ARRAYS\n     0  cpu   1.5 KiB  2.5 KiB\n")
     assert json.loads(document)["buckets"] == [[4, 512]]
 
 
@@ -325,6 +407,40 @@ def test_version(run, capsys):
 )
 def test_sizes(count, text):
     assert render.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [
+        (3656 << 20, 29248 << 20, "3.6/28.6 GiB"),
+        (512 << 20, 4 << 30, "0.5/4.0 GiB"),
+        (1 << 20, 3 << 20, "1.0/3.0 MiB"),
+        (5 << 20, 5 << 20, "5.0 MiB"),
+        (0, 0, "0 B"),
+    ],
+)
+def test_a_part_is_written_in_the_unit_of_the_whole(part, whole, text):
+    assert render.sizes(part, whole) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (9_999, "9999"),
+        (10_000, "10.0k"),
+        (104_233, "104.2k"),
+        (123_456_789, "123.5M"),
+        (5 * 10**12, "5.0T"),
+        (10**16, "10000.0T"),
+    ],
+)
+def test_counts(number, text):
+    assert render.count(number) == text
+
+
+def test_a_duration_in_one_unit():
+    assert render.duration(125, units=1) == "2 min"
 
 
 @pytest.mark.parametrize(

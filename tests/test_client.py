@@ -176,6 +176,7 @@ def test_resolve(ask):
         loadable=True,
         config=CONFIG,
         device_bytes=[pb.DeviceBytes(device_id=3, bytes=12)],
+        budget=pb.BudgetEstimate(needed_bytes=20, free_bytes=15, fits=True, evicted=["c3", "d4"]),
     )
     with serving(ResolveName=lambda *_: response) as fake:
         found = ask(fake.address, "resolve", "gemma2_2b", estimate=True)
@@ -191,6 +192,7 @@ def test_resolve(ask):
     assert found.loadable
     assert found.config.num_parameters == 2_614_341_888
     assert found.device_bytes == {3: 12}
+    assert found.budget == moorage.BudgetEstimate(20, 15, True, ("c3", "d4"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,8 @@ def test_resolve(ask):
 )
 def test_resolve_looks_into_a_source_that_is_named(ask, options, checks):
     with serving(ResolveName=lambda *_: pb.ResolveNameResponse()) as fake:
-        assert ask(fake.address, "resolve", "gemma2_2b", **options).config is None
+        found = ask(fake.address, "resolve", "gemma2_2b", **options)
+    assert (found.config, found.budget) == (None, None)
     assert fake.requests[0].check_source is checks
 
 
@@ -237,6 +240,24 @@ def test_models(ask):
     assert (odd.state, odd.progress.waiters) == ("99", 2)
 
 
+def test_what_a_model_has_been_through_and_who_holds_it(ask):
+    model = pb.Model(running_count=2, reserved_bytes=123)
+    for second, state in ((5, pb.MODEL_STATE_QUEUED), (7, pb.MODEL_STATE_READY)):
+        model.history.add(state=state).time.FromDatetime(datetime(2026, 1, 2, 3, 4, second))
+    lease = model.leases.add(client="run 7")
+    lease.duration.FromMilliseconds(60_500)
+    lease.time_left.FromMilliseconds(1_250)
+    with serving(GetModel=lambda *_: pb.GetModelResponse(model=model)) as fake:
+        found = ask(fake.address, "model", "a1b2")
+    assert list(found.history.items()) == [
+        ("queued", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
+        ("ready", datetime(2026, 1, 2, 3, 4, 7, tzinfo=UTC)),
+    ]
+    assert found.leases == (moorage.Lease("", "run 7", 60.5, 1.25),)
+    assert (found.running_count, found.reserved_bytes) == (2, 123)
+    assert found.lease is None  # this client holds none
+
+
 def test_model_and_unload_by_handle(ask):
     freed = pb.UnloadModelResponse(device_bytes=[pb.DeviceBytes(device_id=0, bytes=64)])
     with serving(
@@ -258,6 +279,12 @@ def test_info(ask):
         limits=pb.Limits(max_message_bytes=1, max_sequence_length=2, max_output_bytes=3),
         sources=[pb.MODEL_SOURCE_GCS],
         outputs=["logprobs"],
+        memory=pb.Memory(
+            budget_bytes=100,
+            reserved_bytes=60,
+            live_bytes=[pb.DeviceBytes(device_id=0, bytes=55)],
+            host_pool_bytes=7,
+        ),
     )
     with serving(GetServerInfo=lambda *_: response) as fake:
         info = ask(fake.address, "info")
@@ -265,6 +292,7 @@ def test_info(ask):
     assert list(info.mesh.items()) == [("fsdp", 1), ("tp", 8)]
     assert info.buckets == ((4, 512),)
     assert (info.max_message_bytes, info.max_sequence_length, info.max_output_bytes) == (1, 2, 3)
+    assert info.memory == moorage.Memory(100, 60, {0: 55}, 7)
     assert (info.sources, info.outputs, info.start_time) == (("gcs",), ("logprobs",), None)
 
 

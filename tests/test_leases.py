@@ -51,7 +51,11 @@ def test_a_renewed_lease_lasts_as_long_again(table, clock):
 
 
 def test_leases_are_apart(table):
-    ours, theirs, other = table.take("h", "a", 9.0), table.take("h", "b", 9.0), table.take("g", "a", 9.0)
+    ours, theirs, other = (
+        table.take("h", "a", 9.0),
+        table.take("h", "b", 9.0),
+        table.take("g", "a", 9.0),
+    )
     assert len({ours.id, theirs.id, other.id}) == 3
     assert min(len(x.id) for x in (ours, theirs, other)) == 32  # nobody guesses it
     assert table.release(ours.id) == ours
@@ -69,3 +73,21 @@ def test_a_duration_that_cannot_be_is_refused(table, seconds):
 def test_an_unknown_lease_says_what_to_do(table):
     with pytest.raises(ServerError, match="load the model again"):
         table.renew("0" * 32)
+
+
+def test_the_holder_of_a_lease_learns_that_its_model_was_unloaded(table):
+    lease = table.take("h", "a", 9.0)
+    table.drop("h")
+    with pytest.raises(ServerError, match="was unloaded") as caught:
+        table.renew(lease.id)
+    assert (caught.value.reason, caught.value.details) == ("LEASE_UNKNOWN", {"ended": "unloaded"})
+
+
+def test_what_has_expired_is_told_once(table, clock):
+    table.take("h", "a", 9.0)
+    table.take("g", "a", 20.0)
+    assert table.take_expired() == set()
+    clock.time += 10
+    assert table.of("h") == []
+    assert table.take_expired() == {"h"}
+    assert table.take_expired() == set()

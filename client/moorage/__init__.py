@@ -12,9 +12,13 @@
 
 from moorage import aio
 from moorage.answers import (
+    BudgetEstimate,
+    Change,
     Config,
     Device,
+    Lease,
     LoadProgress,
+    Memory,
     Model,
     Resolution,
     ServerInfo,
@@ -43,7 +47,9 @@ from moorage.scores import Scores
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetEstimate",
     "Cancelled",
+    "Change",
     "Client",
     "Config",
     "DataLoss",
@@ -53,7 +59,9 @@ __all__ = [
     "FailedPrecondition",
     "InternalError",
     "InvalidRequest",
+    "Lease",
     "LoadProgress",
+    "Memory",
     "MessageTooLarge",
     "Model",
     "NotFound",

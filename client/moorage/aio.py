@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import grpc.aio
 
 from moorage import answers, decode, requests
-from moorage.answers import LoadProgress, Resolution, ServerInfo, SupportedModel
-from moorage.errors import Error, translated
+from moorage.answers import Lease, LoadProgress, Resolution, ServerInfo, SupportedModel
+from moorage.errors import Error, NotFound, translated
 from moorage.progress import shown
+from moorage.renewal import TaskRenewal
 from moorage.requests import Rows
 from moorage.scores import Assembly, Scores
 from moorage.transport import (
     OPTIONS,
     LoadWatch,
+    ModelWatch,
     Stubs,
     address_of,
     cancelling,
@@ -28,6 +31,9 @@ from moorage.v1 import moorage_pb2 as pb
 
 Model: TypeAlias = answers.Model[Awaitable[Scores]]
 """A model whose `forward` is awaited."""
+
+Change: TypeAlias = answers.Change[Awaitable[Scores]]
+"""A change of such a model."""
 
 
 def connect(address: str | None = None, *, timeout: float | None = 600.0) -> Client:
@@ -59,6 +65,7 @@ class Client:
         self._timeout = timeout
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._open: Stubs | None = stubs(self._channel)
+        self._renewal = TaskRenewal(self._open.models, address)
 
     async def __aenter__(self) -> Client:
         return self
@@ -67,8 +74,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection. Models stay loaded."""
+        """Releases all leases and closes the connection. Models stay loaded."""
         self._open = None
+        await self._renewal.stop()
         await self._channel.close(None)
 
     async def resolve(
@@ -105,6 +113,9 @@ class Client:
         options: Mapping[str, str] | None = None,
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress: bool | None = None,
+        lease: float | None = None,
+        client_name: str = "",
+        cancel_if_abandoned: bool = False,
     ) -> Model:
         """Loads a model, or joins a load of it; see `moorage.Client.load`."""
         model = requests.spec(
@@ -117,8 +128,13 @@ class Client:
             dtype=dtype,
             compute_dtype=compute_dtype,
         )
+        request = requests.load_model(
+            model, lease=lease, client_name=client_name, cancel_if_abandoned=cancel_if_abandoned
+        )
         with shown(model_id, on_progress, progress) as show:
-            return await self._load(pb.LoadModelRequest(model=model), LoadWatch(show))
+            response = await self._load(request, LoadWatch(show))
+        await self._renewal.hold(request, response)
+        return decode.model(response.model, self)
 
     async def models(self) -> list[Model]:
         """Lists the models; see `moorage.Client.models`."""
@@ -131,10 +147,38 @@ class Client:
         response = await self._call(self._stubs.models.GetModel, request)
         return decode.model(response.model, self)
 
-    async def unload(self, model: answers.Model[Any] | str) -> dict[int, int]:
+    async def watch(self) -> AsyncGenerator[Change, None]:
+        """Tells what becomes of models, to be iterated; see `moorage.Client.watch`."""
+        watch = ModelWatch(self)
+        while True:
+            try:
+                call = self._stubs.models.WatchModels(watch.request())
+                with translated(self.address), cancelling(call) as responses:
+                    async for response in responses:
+                        if (change := watch.see(response)) is not None:
+                            yield change
+                raise watch.unfinished()
+            except Error as error:
+                pause = watch.pause(error)
+            await asyncio.sleep(pause)
+
+    def lease(self, model: answers.Model[Any] | str) -> Lease | None:
+        """Gives the lease that this client holds, at once; see `moorage.Client.lease`."""
+        return self._renewal.leases.of(handle_of(model))
+
+    async def release(self, model: answers.Model[Any] | str) -> None:
+        """Ends this client's lease on a model; see `moorage.Client.release`."""
+        for lease_id in self._renewal.leases.drop(handle_of(model)):
+            with suppress(NotFound):  # it has ended already
+                request = pb.ReleaseLeaseRequest(lease_id=lease_id)
+                await self._call(self._stubs.models.ReleaseLease, request)
+
+    async def unload(self, model: answers.Model[Any] | str, force: bool = False) -> dict[int, int]:
         """Frees a model's device memory; see `moorage.Client.unload`."""
-        request = pb.UnloadModelRequest(handle=handle_of(model))
-        response = await self._call(self._stubs.models.UnloadModel, request)
+        handle = handle_of(model)
+        with self._renewal.leases.ending(handle) as lease_id:
+            request = pb.UnloadModelRequest(handle=handle, lease_id=lease_id, force=force)
+            response = await self._call(self._stubs.models.UnloadModel, request)
         return decode.device_bytes(response.device_bytes)
 
     async def info(self) -> ServerInfo:
@@ -168,14 +212,14 @@ class Client:
         with translated(self.address):
             return await method(request, timeout=self._timeout)
 
-    async def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> Model:
+    async def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> pb.LoadModelResponse:
         while True:
             try:
                 call = self._stubs.models.LoadModel(request)
                 with translated(self.address), cancelling(call) as responses:
                     async for response in responses:
-                        if (model := watch.see(response)) is not None:
-                            return decode.model(model, self)
+                        if (done := watch.see(response)) is not None:
+                            return done
                 raise watch.unfinished()
             except Error as error:
                 pause = watch.pause(error)

@@ -36,6 +36,24 @@ class Config:
 
 
 @dataclass(frozen=True)
+class BudgetEstimate:
+    """Whether a model would fit beside those that are loaded.
+
+    Attributes:
+        needed_bytes: What it would reserve on each device: its parameters, and what its largest
+            program takes while it runs.
+        free_bytes: What nobody has reserved on each device.
+        fits: Whether it could be loaded now, after evictions if need be.
+        evicted: The handles of the models that would be evicted for it.
+    """
+
+    needed_bytes: int
+    free_bytes: int
+    fits: bool
+    evicted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Resolution:
     """What a name means; a naming attribute that no rule can give is "".
 
@@ -48,6 +66,7 @@ class Resolution:
         revision: The resolved commit, version or digest; "" if no source was looked into.
         device_bytes: Bytes by device id; empty unless asked for.
         preset_differences: Where the checkpoint's config.json differs from the preset.
+        budget: What a load would find in device memory; None unless asked for.
     """
 
     model_id: str
@@ -64,6 +83,7 @@ class Resolution:
     revision: str
     device_bytes: Mapping[int, int]
     preset_differences: tuple[str, ...]
+    budget: BudgetEstimate | None
 
 
 @dataclass(frozen=True)
@@ -132,8 +152,29 @@ class Tokenizer:
     has_chat_template: bool
 
 
+@dataclass(frozen=True)
+class Lease:
+    """A client's hold on a model: while it lasts, others can neither evict nor unload it.
+
+    Attributes:
+        id: Names the lease; "" if another client holds it.
+        client: Who holds it, as the client calls itself.
+        seconds: How long it lasts unless it is renewed.
+        seconds_left: How long it lasted yet when it was described.
+    """
+
+    id: str
+    client: str
+    seconds: float
+    seconds_left: float
+
+
 class Scorer(Protocol[T_co]):
     """What a model needs of its client; `T_co` is Scores, or an awaitable of it."""
+
+    def lease(self, model: str) -> Lease | None:
+        """Gives the lease that the client holds on the model with this handle."""
+        ...
 
     def forward(
         self, model: str, rows: Rows, outputs: Sequence[str], segment_ids: Rows | None
@@ -166,6 +207,10 @@ class Model(Generic[T_co]):
         progress: How far the load is, or None once it is ready.
         preset_differences: Where the checkpoint's config.json differs from the preset.
         tokenizer: What the checkpoint says of its tokenizer.
+        leases: All clients' leases on it, without their ids.
+        history: When each state began, in order.
+        running_count: Forward passes that run or wait.
+        reserved_bytes: What is reserved for it on each device.
     """
 
     handle: str
@@ -187,7 +232,16 @@ class Model(Generic[T_co]):
     progress: LoadProgress | None
     preset_differences: tuple[str, ...]
     tokenizer: Tokenizer
+    leases: tuple[Lease, ...]
+    history: Mapping[str, datetime]
+    running_count: int
+    reserved_bytes: int
     client: Scorer[T_co] = field(repr=False, compare=False)
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease that this client holds on the model now, or None."""
+        return self.client.lease(self.handle)
 
     def forward(
         self,
@@ -215,12 +269,45 @@ class Model(Generic[T_co]):
 
 
 @dataclass(frozen=True)
+class Change(Generic[T_co]):
+    """What `watch` tells: what has changed, and how all models are since.
+
+    Attributes:
+        sequence: The number of the change in this run of the server.
+        model: The model that changed, as it was after this change; None if the server told of
+            all models anew: at the beginning, after a restart, or if changes were missed.
+        models: Every model that is loaded or being loaded, oldest first.
+    """
+
+    sequence: int
+    model: Model[T_co] | None
+    models: tuple[Model[T_co], ...]
+
+
+@dataclass(frozen=True)
 class Device:
     """One device of the server's mesh, and the bytes of parameters on it."""
 
     id: int
     kind: str
     model_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is promised to models, and what is held.
+
+    Attributes:
+        budget_bytes: What models may take of each device.
+        reserved_bytes: What is reserved for models on each device.
+        live_bytes: Bytes of arrays that are alive, by device id.
+        host_pool_bytes: Host memory that models have left behind, kept for those to come.
+    """
+
+    budget_bytes: int
+    reserved_bytes: int
+    live_bytes: Mapping[int, int]
+    host_pool_bytes: int
 
 
 @dataclass(frozen=True)
@@ -239,6 +326,7 @@ class ServerInfo:
         sources: Keys of `moorage.requests.SOURCES` that may be loaded from.
         outputs: The outputs that are served.
         start_time: When the server started, or None.
+        memory: What is promised to models, and what is held.
     """
 
     version: str
@@ -252,3 +340,4 @@ class ServerInfo:
     sources: tuple[str, ...]
     outputs: tuple[str, ...]
     start_time: datetime | None
+    memory: Memory

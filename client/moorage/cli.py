@@ -137,7 +137,7 @@ _COMMANDS: Mapping[str, _Command] = {
             _SOURCE,
             _PATH,
             _REVISION,
-            ("--estimate", {"action": "store_true", "help": "also give the bytes on each device"}),
+            ("--estimate", {"action": "store_true", "help": "also say whether it would fit"}),
         ),
     ),
     "load": _Command(
@@ -172,6 +172,10 @@ _COMMANDS: Mapping[str, _Command] = {
             ("--text", {"action": "append", "help": "a row as text; may be given repeatedly"}),
         ),
     ),
-    "unload": _Command(commands.unload, "free a model's device memory", (_MODEL,)),
+    "unload": _Command(
+        commands.unload,
+        "free a model's device memory",
+        (_MODEL, ("--force", {"action": "store_true", "help": "even if others lease it"})),
+    ),
     "status": _Command(commands.status, "describe the server"),
 }

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from moorage import decode, requests
-from moorage.answers import LoadProgress, Model, Resolution, ServerInfo, SupportedModel
-from moorage.errors import Error, translated
+from moorage.answers import (
+    Change,
+    Lease,
+    LoadProgress,
+    Model,
+    Resolution,
+    ServerInfo,
+    SupportedModel,
+)
+from moorage.errors import Error, NotFound, translated
 from moorage.progress import shown
+from moorage.renewal import ThreadRenewal
 from moorage.requests import Rows
 from moorage.scores import Assembly, Scores
 from moorage.transport import (
     OPTIONS,
     LoadWatch,
+    ModelWatch,
     Stubs,
     address_of,
     cancelling,
@@ -56,6 +67,7 @@ class Client:
         self._timeout = timeout
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._open: Stubs | None = stubs(self._channel)
+        self._renewal = ThreadRenewal(self._open.models, address)
 
     def __enter__(self) -> Client:
         return self
@@ -64,9 +76,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection. Models stay loaded."""
+        """Releases all leases and closes the connection. Models stay loaded."""
         self._open = None
+        self._renewal.stop()
         self._channel.close()
+        self._renewal.join()
 
     def resolve(
         self,
@@ -114,6 +128,9 @@ class Client:
         options: Mapping[str, str] | None = None,
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress: bool | None = None,
+        lease: float | None = None,
+        client_name: str = "",
+        cancel_if_abandoned: bool = False,
     ) -> Model[Scores]:
         """Loads a model, or joins a load of it, and waits until it is ready.
 
@@ -132,6 +149,13 @@ class Client:
                 says which option is wanted, and its values.
             on_progress: Called with each progress, at least once a second.
             progress: Show a bar on stderr; None does so on a terminal.
+            lease: Seconds that a lease on the model lasts: while it does, others can neither evict
+                nor unload the model. It is renewed in the background until `release` or `close`;
+                if the server was restarted, the model is loaded again. None takes no lease.
+            client_name: Who takes the lease, for people to read: a run's name. "" for the user,
+                the host and the process.
+            cancel_if_abandoned: Cancel the load once everybody has left who waits for it, if all
+                of them asked for that.
 
         Returns:
             The model, ready to serve.
@@ -146,8 +170,13 @@ class Client:
             dtype=dtype,
             compute_dtype=compute_dtype,
         )
+        request = requests.load_model(
+            model, lease=lease, client_name=client_name, cancel_if_abandoned=cancel_if_abandoned
+        )
         with shown(model_id, on_progress, progress) as show:
-            return self._load(pb.LoadModelRequest(model=model), LoadWatch(show))
+            response = self._load(request, LoadWatch(show))
+        self._renewal.hold(request, response)
+        return decode.model(response.model, self)
 
     def models(self) -> list[Model[Scores]]:
         """Lists the models that are loaded or being loaded, oldest first."""
@@ -169,17 +198,69 @@ class Client:
         response = self._call(self._stubs.models.GetModel, pb.GetModelRequest(handle=handle))
         return decode.model(response.model, self)
 
-    def unload(self, model: Model[Any] | str) -> dict[int, int]:
-        """Waits for the model's running forward passes, then frees its device memory.
+    def watch(self) -> Iterator[Change[Scores]]:
+        """Tells what becomes of models, for as long as the caller listens.
+
+        If the connection breaks, the watch goes on where it was, a few times in a row. It takes
+        any time: leave the loop to end it; `close` cancels it.
+
+        Yields:
+            First how all models are; then every change, in order.
+        """
+        watch = ModelWatch(self)
+        while True:
+            try:
+                call = self._stubs.models.WatchModels(watch.request())
+                with translated(self.address), cancelling(call) as responses:
+                    for response in responses:
+                        if (change := watch.see(response)) is not None:
+                            yield change
+                raise watch.unfinished()
+            except Error as error:
+                pause = watch.pause(error)
+            time.sleep(pause)
+
+    def lease(self, model: Model[Any] | str) -> Lease | None:
+        """Gives the lease that this client holds on a model; asks no server.
 
         Args:
             model: The model, or its handle.
 
         Returns:
-            Bytes freed, by device id.
+            The lease; None if there is none, or while it is lost and taken anew.
         """
-        request = pb.UnloadModelRequest(handle=handle_of(model))
-        response = self._call(self._stubs.models.UnloadModel, request)
+        return self._renewal.leases.of(handle_of(model))
+
+    def release(self, model: Model[Any] | str) -> None:
+        """Ends this client's lease on a model, if it holds one; it is renewed no more in any case.
+
+        Args:
+            model: The model, or its handle. It stays loaded until its memory is needed.
+        """
+        for lease_id in self._renewal.leases.drop(handle_of(model)):
+            with suppress(NotFound):  # it has ended already
+                request = pb.ReleaseLeaseRequest(lease_id=lease_id)
+                self._call(self._stubs.models.ReleaseLease, request)
+
+    def unload(self, model: Model[Any] | str, force: bool = False) -> dict[int, int]:
+        """Waits for the model's running forward passes, then frees its device memory.
+
+        This client's own lease ends with that.
+
+        Args:
+            model: The model, or its handle.
+            force: Unload it even if others lease it.
+
+        Returns:
+            Bytes freed, by device id.
+
+        Raises:
+            FailedPrecondition: Others lease it.
+        """
+        handle = handle_of(model)
+        with self._renewal.leases.ending(handle) as lease_id:
+            request = pb.UnloadModelRequest(handle=handle, lease_id=lease_id, force=force)
+            response = self._call(self._stubs.models.UnloadModel, request)
         return decode.device_bytes(response.device_bytes)
 
     def info(self) -> ServerInfo:
@@ -223,14 +304,14 @@ class Client:
         with translated(self.address):
             return method(request, timeout=self._timeout)
 
-    def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> Model[Scores]:
+    def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> pb.LoadModelResponse:
         while True:
             try:
                 call = self._stubs.models.LoadModel(request)
                 with translated(self.address), cancelling(call) as responses:
                     for response in responses:
-                        if (model := watch.see(response)) is not None:
-                            return decode.model(model, self)
+                        if (done := watch.see(response)) is not None:
+                            return done
                 raise watch.unfinished()
             except Error as error:
                 pause = watch.pause(error)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from moorage.answers import Config, Model, Resolution
+from moorage.answers import BudgetEstimate, Config, Lease, Model, Resolution
 from moorage.client import Client
 from moorage.errors import InvalidRequest, NotFound
 from moorage.progress import placed
-from moorage.render import duration, pairs, size, table
+from moorage.render import count, duration, pairs, size, sizes, table
 from moorage.scores import Scores
 from moorage.tokens import encode
+
+_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,16 @@ def ps(client: Client, _: Namespace) -> Output:
         "HANDLE": [m.handle for m in models],
         "MODEL": [m.model_id for m in models],
         "STATE": [_state(m) for m in models],
-        "DTYPE": [m.dtype for m in models],
-        "SIZE": [size(sum(m.device_bytes.values())) for m in models],
-        "AGE": [_ago(m.load_time) for m in models],
-        "LAST USE": [_ago(m.last_use_time) for m in models],
-        "FORWARDS": [m.forward_count for m in models],
-        "TOKENS": [m.token_count for m in models],
+        "DTYPE": [_DTYPES.get(m.dtype, m.dtype) for m in models],
+        "EACH/ALL": [_each_and_all(m.device_bytes) for m in models],
+        "LEASES": [_leases(m.leases) for m in models],
+        "USED": [_ago(m.last_use_time, units=1) for m in models],
+        "RUN": [m.running_count for m in models],
+        "FWDS": [count(m.forward_count) for m in models],
+        "TOKENS": [count(m.token_count) for m in models],
     }
-    return Output(models, table(columns))
+    width = shutil.get_terminal_size((100, 24)).columns
+    return Output(models, table(columns, width, ("MODEL", "LEASES")))
 
 
 def forward(client: Client, arguments: Namespace) -> Output:
@@ -100,7 +105,7 @@ def forward(client: Client, arguments: Namespace) -> Output:
 def unload(client: Client, arguments: Namespace) -> Output:
     """Frees a model."""
     model = _find(client, arguments.model)
-    freed = client.unload(model)
+    freed = client.unload(model, force=arguments.force)
     text = f"{model.model_id} ({model.handle}) is unloaded; freed {_memory(freed) or size(0)}"
     return Output({"handle": model.handle, "device_bytes": freed}, text)
 
@@ -120,11 +125,15 @@ def status(client: Client, _: Namespace) -> Output:
         "longest row": f"{info.max_sequence_length} tokens",
         "largest request": size(info.max_message_bytes),
         "largest answer": size(info.max_output_bytes),
+        "models may take": f"{size(info.memory.budget_bytes)} of each device",
+        "reserved": f"{size(info.memory.reserved_bytes)} of each device",
+        "host memory kept": size(info.memory.host_pool_bytes),
     }
     columns: dict[str, Sequence[object]] = {
         "DEVICE": [device.id for device in info.devices],
         "KIND": [device.kind for device in info.devices],
         "MODELS": [size(device.model_bytes) for device in info.devices],
+        "ARRAYS": [size(info.memory.live_bytes.get(device.id, 0)) for device in info.devices],
     }
     return Output(info, f"{pairs(facts)}\n\n{table(columns)}")
 
@@ -157,9 +166,19 @@ def _resolution(found: Resolution) -> str:
             "reason": found.reason,
             "message": found.message,
             "device memory": _memory(found.device_bytes),
+            **(_budget(found.budget) if found.budget else {}),
             "differs from preset": "; ".join(found.preset_differences),
         }
     )
+
+
+def _budget(budget: BudgetEstimate) -> dict[str, str]:
+    evicting = f", after evicting {', '.join(budget.evicted)}" if budget.evicted else ""
+    return {
+        "needed": f"{size(budget.needed_bytes)} on each device",
+        "free": f"{size(budget.free_bytes)} on each device",
+        "fits": f"yes{evicting}" if budget.fits else "no",
+    }
 
 
 def _scores(rows: list[list[int]], tokens: list[list[str]] | None, scores: Scores) -> str:
@@ -195,5 +214,16 @@ def _memory(device_bytes: Mapping[int, int]) -> str:
     return f"{size(total)} on {len(device_bytes)} devices, at most {size(most)} on one"
 
 
-def _ago(time: datetime | None) -> str:
-    return duration(max((datetime.now(UTC) - time).total_seconds(), 0.0)) if time else "-"
+def _each_and_all(device_bytes: Mapping[int, int]) -> str:
+    amounts = device_bytes.values()
+    return sizes(max(amounts), sum(amounts)) if amounts else "-"
+
+
+def _leases(leases: Sequence[Lease]) -> str:
+    if len(leases) == 1:
+        return f"{leases[0].client} {duration(leases[0].seconds_left, units=1)}"
+    return str(len(leases) or "-")
+
+
+def _ago(time: datetime | None, units: int = 2) -> str:
+    return duration(max((datetime.now(UTC) - time).total_seconds(), 0.0), units) if time else "-"

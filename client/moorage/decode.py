@@ -10,9 +10,12 @@ from typing import Any
 from google.protobuf.message import Message
 
 from moorage.answers import (
+    BudgetEstimate,
     Config,
     Device,
+    Lease,
     LoadProgress,
+    Memory,
     Model,
     Resolution,
     Scorer,
@@ -37,6 +40,7 @@ def resolution(message: pb.ResolveNameResponse) -> Resolution:
         revision=message.revision,
         device_bytes=device_bytes(message.device_bytes),
         preset_differences=tuple(message.preset_differences),
+        budget=_budget(message.budget) if message.HasField("budget") else None,
     )
 
 
@@ -57,6 +61,16 @@ def load_progress(message: pb.LoadProgress) -> LoadProgress:
         },
         waiters=message.waiters,
         elapsed_seconds=message.elapsed.ToNanoseconds() / 1e9,
+    )
+
+
+def lease(message: pb.Lease) -> Lease:
+    """Decodes a lease."""
+    return Lease(
+        id=message.id,
+        client=message.client,
+        seconds=message.duration.ToNanoseconds() / 1e9,
+        seconds_left=message.time_left.ToNanoseconds() / 1e9,
     )
 
 
@@ -90,6 +104,13 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
         progress=load_progress(message.progress) if message.HasField("progress") else None,
         preset_differences=tuple(message.preset_differences),
         tokenizer=_tokenizer(message.tokenizer),
+        leases=tuple(map(lease, message.leases)),
+        history={
+            _name(pb.ModelState, change.state): change.time.ToDatetime(tzinfo=UTC)
+            for change in message.history
+        },
+        running_count=message.running_count,
+        reserved_bytes=message.reserved_bytes,
         client=client,
     )
 
@@ -111,6 +132,21 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         sources=tuple(_name(pb.ModelSource, source) for source in message.sources),
         outputs=tuple(message.outputs),
         start_time=_time(message, "start_time"),
+        memory=Memory(
+            budget_bytes=message.memory.budget_bytes,
+            reserved_bytes=message.memory.reserved_bytes,
+            live_bytes=device_bytes(message.memory.live_bytes),
+            host_pool_bytes=message.memory.host_pool_bytes,
+        ),
+    )
+
+
+def _budget(message: pb.BudgetEstimate) -> BudgetEstimate:
+    return BudgetEstimate(
+        needed_bytes=message.needed_bytes,
+        free_bytes=message.free_bytes,
+        fits=message.fits,
+        evicted=tuple(message.evicted),
     )
 
 

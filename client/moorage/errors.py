@@ -25,7 +25,8 @@ class Error(Exception):
         reason: The wire's ErrorReason without its prefix, such as "QUEUE_FULL", or "" where the
             client or gRPC itself refused.
         code: The gRPC status code.
-        details: Facts that the server attached, by name.
+        details: Facts that the server attached, by name: of DEVICE_BUDGET_EXCEEDED needed_bytes,
+            free_bytes and leased_bytes.
         retry_after: Seconds to wait before the next attempt, or None.
     """
 

@@ -11,19 +11,30 @@ from typing import Any
 
 import numpy as np
 
+_NARROWEST = 8
 _TIMES = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 
-def table(columns: Mapping[str, Sequence[object]]) -> str:
+def table(
+    columns: Mapping[str, Sequence[object]], width: int = 0, elastic: Sequence[str] = ()
+) -> str:
     """Aligns columns; numbers to the right.
 
     Args:
         columns: The values of each column, by title.
+        width: How wide the table may be, in characters; 0 for any width.
+        elastic: Columns that lose their beginnings where the table is too wide.
 
     Returns:
         One line of titles, and one line for each row.
     """
-    cells = [_aligned([title, *values]) for title, values in columns.items()]
+    aligned = {title: _aligned([title, *values]) for title, values in columns.items()}
+    while 0 < width < _width(aligned):
+        widest = max(elastic, key=lambda title: len(aligned[title][0]))
+        if (left := len(aligned[widest][0]) - 1) < _NARROWEST:
+            break
+        aligned[widest] = _aligned([_end(str(v), left) for v in (widest, *columns[widest])])
+    cells = aligned.values()
     return "\n".join("  ".join(row).rstrip() for row in zip(*cells, strict=True))
 
 
@@ -41,8 +52,23 @@ def size(count: int) -> str:
     return f"{value:.1f} {'KMGT'[unit - 1]}iB" if unit else f"{count} B"
 
 
-def duration(seconds: float) -> str:
-    """Writes a duration in its two largest units: 0.5 s, 42 s, 2 min 5 s, 3 d 4 h."""
+def sizes(part: int, whole: int) -> str:
+    """Writes a part and the whole in the unit of the whole: 3.6/28.6 GiB, or 3.6 GiB for both."""
+    text = size(whole)
+    number, unit = text.split()
+    return text if part == whole else f"{part / whole * float(number):.1f}/{number} {unit}"
+
+
+def count(number: int) -> str:
+    """Writes a count in at most six characters: 9999, 12.3k, 4.0M."""
+    if number < 10_000:
+        return str(number)
+    unit = min((len(str(number)) - 1) // 3, 4)
+    return f"{number / 1000**unit:.1f}{'kMGT'[unit - 1]}"
+
+
+def duration(seconds: float, units: int = 2) -> str:
+    """Writes a duration in its largest units, by default two: 0.5 s, 42 s, 2 min 5 s, 3 d 4 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     left = round(seconds)
@@ -51,7 +77,7 @@ def duration(seconds: float) -> str:
         count, left = divmod(left, length)
         if count or parts:
             parts.append((count, unit))
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
+    return " ".join(f"{count} {unit}" for count, unit in parts[:units] if count)
 
 
 def document(value: object) -> str:
@@ -71,6 +97,14 @@ def _aligned(values: Sequence[object]) -> list[str]:
     width = max(map(len, texts))
     right = any(isinstance(value, int | float) for value in values)
     return [f"{text:>{width}}" if right else f"{text:{width}}" for text in texts]
+
+
+def _width(aligned: Mapping[str, Sequence[str]]) -> int:
+    return sum(len(texts[0]) + 2 for texts in aligned.values()) - 2
+
+
+def _end(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
 
 
 def _plain(value: Any) -> Any:

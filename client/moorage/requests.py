@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -71,6 +74,45 @@ def resolve_name(
     if check_source is None:
         check_source = model.source != pb.MODEL_SOURCE_UNSPECIFIED
     return pb.ResolveNameRequest(model=model, check_source=check_source, estimate=estimate)
+
+
+def load_model(
+    model: pb.ModelSpec, *, lease: float | None, client_name: str, cancel_if_abandoned: bool
+) -> pb.LoadModelRequest:
+    """Asks for a model.
+
+    Args:
+        model: What is wanted.
+        lease: How long a lease on it lasts unless it is renewed, in seconds; None for no lease.
+        client_name: Who takes the lease; "" for the user, the host and the process.
+        cancel_if_abandoned: Whether the load may end once everybody has left who waits for it.
+
+    Returns:
+        The message.
+
+    Raises:
+        InvalidRequest: The lease is no positive number of seconds, or the name is no string.
+    """
+    request = pb.LoadModelRequest(model=model, cancel_if_abandoned=cancel_if_abandoned)
+    if lease is None:
+        return request
+    try:
+        request.lease.client = client_name or default_client_name()
+        request.lease.duration.FromNanoseconds(round(lease * 1e9))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"a lease of {lease!r} for {client_name!r}: {error}") from error
+    if request.lease.duration.ToNanoseconds() <= 0:
+        raise InvalidRequest(f"a lease of {lease!r} s; give more than 0, or None for no lease")
+    return request
+
+
+def default_client_name() -> str:
+    """Names this process for people: user@host and the process's number."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may have no name for its user
+        user = "unknown"
+    return f"{user}@{socket.gethostname()} {os.getpid()}"
 
 
 def forward(

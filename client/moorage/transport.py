@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from moorage import decode
-from moorage.answers import LoadProgress, Model
+from moorage.answers import Change, LoadProgress, Model, Scorer, T_co
 from moorage.errors import Error, FailedPrecondition, InternalError, Unavailable
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
@@ -28,10 +28,13 @@ OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 ATTEMPTS = 5
-"""How often one load resumes after a broken connection."""
+"""How often one load resumes after a broken connection, and a watch without an answer between."""
 
 FIRST_PAUSE = 0.25
 """Seconds before the first resumption; each further one waits twice as long."""
+
+OVER = frozenset({"unloaded", "failed", "cancelled"})
+"""The states in which a model is gone."""
 
 
 class Call(Protocol):
@@ -110,19 +113,19 @@ class LoadWatch:
         self._answered = False
         self._resumed = 0
 
-    def see(self, response: pb.LoadModelResponse) -> pb.Model | None:
+    def see(self, response: pb.LoadModelResponse) -> pb.LoadModelResponse | None:
         """Takes the next message.
 
         Args:
             response: Progress, or the model.
 
         Returns:
-            The model if the load is done, else None.
+            The message if it has the model and the load is done, else None.
         """
         self._answered = True
         if response.HasField("progress"):
             self._on_progress(decode.load_progress(response.progress))
-        return response.model if response.HasField("model") else None
+        return response if response.HasField("model") else None
 
     def pause(self, error: Error) -> float:
         """Decides what follows a failed call.
@@ -136,15 +139,83 @@ class LoadWatch:
         Raises:
             Error: `error` itself, if the connection did not break in mid-load, or too often.
         """
-        broken = isinstance(error, Unavailable) and not error.reason
-        if not broken or not self._answered or self._resumed == ATTEMPTS:
-            raise error
+        seconds = _pause(error, answered=self._answered, resumed=self._resumed)
         self._resumed += 1
-        return FIRST_PAUSE * 2.0 ** (self._resumed - 1)
+        return seconds
 
     def unfinished(self) -> Error:
         """Makes the error for a stream that ended well, but without the model."""
         return InternalError("the load ended without a model; call load() again")
+
+
+class ModelWatch(Generic[T_co]):
+    """Follows what becomes of models over as many calls as it takes; does no I/O.
+
+    Args:
+        client: Runs the forward passes of the models that are told of.
+    """
+
+    def __init__(self, client: Scorer[T_co]) -> None:
+        self._client = client
+        self._models: dict[str, Model[T_co]] = {}
+        self._seen = pb.WatchModelsRequest()
+        self._answered = False
+        self._resumed = 0
+
+    def request(self) -> pb.WatchModelsRequest:
+        """Asks for what comes after all that was seen."""
+        return self._seen
+
+    def see(self, response: pb.WatchModelsResponse) -> Change[T_co] | None:
+        """Takes the next message.
+
+        Args:
+            response: All models, a change, or a heartbeat.
+
+        Returns:
+            What has changed; None after a heartbeat.
+        """
+        self._answered, self._resumed = True, 0
+        if response.HasField("snapshot"):
+            models = [decode.model(model, self._client) for model in response.snapshot.models]
+            self._models = {model.handle: model for model in models}
+            changed = None
+        elif response.HasField("changed"):
+            changed = decode.model(response.changed, self._client)
+            self._models[changed.handle] = changed
+            if changed.state in OVER:
+                del self._models[changed.handle]
+        else:
+            return None
+        self._seen = pb.WatchModelsRequest(epoch=response.epoch, sequence=response.sequence)
+        return Change(response.sequence, changed, tuple(self._models.values()))
+
+    def pause(self, error: Error) -> float:
+        """Decides what follows a failed call.
+
+        Args:
+            error: Why it failed.
+
+        Returns:
+            Seconds to wait before WatchModels is called again.
+
+        Raises:
+            Error: `error` itself, if the connection did not break in mid-watch, or too often.
+        """
+        seconds = _pause(error, answered=self._answered, resumed=self._resumed)
+        self._resumed += 1
+        return seconds
+
+    def unfinished(self) -> Error:
+        """Makes the error for a stream that ended well, as none should: the server is stopping."""
+        return Unavailable("the server ended the watch; call watch() again")
+
+
+def _pause(error: Error, *, answered: bool, resumed: int) -> float:
+    broken = isinstance(error, Unavailable) and not error.reason
+    if not broken or not answered or resumed == ATTEMPTS:
+        raise error
+    return FIRST_PAUSE * 2.0**resumed
 
 
 def closed(address: str) -> Error:

@@ -68,6 +68,7 @@ class Changes(Generic[T]):
                 yield change
             if sequence == self.sequence:
                 try:
-                    await asyncio.wait_for(changed.wait(), heartbeat)
+                    async with asyncio.timeout(heartbeat):
+                        await changed.wait()
                 except TimeoutError:
                     yield None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,9 @@ from moorage_server.errors import Reason, ServerError
 
 #: A lease is taken or renewed for this long at the most, in seconds.
 MAX_SECONDS = 24 * 3600.0
+
+#: Leases of unloaded models whose holders are told so.
+_REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class LeaseTable:
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
         self._leases: dict[str, Lease] = {}
+        self._dropped: deque[str] = deque(maxlen=_REMEMBERED)
+        self._expired: set[str] = set()
 
     def take(self, handle: str, client: str, seconds: float) -> Lease:
         """Gives a client a lease on a model.
@@ -89,7 +95,14 @@ class LeaseTable:
 
     def drop(self, handle: str) -> None:
         """Ends all leases on a model that is gone."""
+        self._dropped.extend(lease.id for lease in self._leases.values() if lease.handle == handle)
         self._leases = {i: lease for i, lease in self._leases.items() if lease.handle != handle}
+
+    def take_expired(self) -> set[str]:
+        """The models on which leases have expired since this was last asked."""
+        self._expire()
+        expired, self._expired = self._expired, set()
+        return expired
 
     def seconds_left(self, lease: Lease) -> float:
         """How long a lease lasts if it is not renewed."""
@@ -99,6 +112,12 @@ class LeaseTable:
         self._expire()
         if lease := self._leases.get(lease_id):
             return lease
+        if lease_id in self._dropped:
+            raise ServerError(
+                Reason.LEASE_UNKNOWN,
+                "the model of this lease was unloaded: load it again if it is still wanted",
+                ended="unloaded",
+            )
         raise ServerError(
             Reason.LEASE_UNKNOWN,
             "this lease has expired or was released, or the server was started anew: load the "
@@ -107,6 +126,7 @@ class LeaseTable:
 
     def _expire(self) -> None:
         now = self.now()
+        self._expired |= {x.handle for x in self._leases.values() if x.expires <= now}
         self._leases = {i: lease for i, lease in self._leases.items() if lease.expires > now}
 
 
