@@ -229,6 +229,18 @@ async def test_a_lease_by_the_wire(cache, engine):
     await service.UnloadModel(unload, CONTEXT)
 
 
+@scenario(now=CLOCK)
+async def test_who_watches_learns_of_a_lease_that_ends_by_itself(cache, engine):
+    model = await load(cache, A)
+    cache.lease(model, "run 1", 60.0)
+    cache.expire()
+    latest = cache.changes.sequence
+    CLOCK.time += 61
+    cache.expire()
+    (change,) = [change for change in cache.changes._latest if change.sequence > latest]
+    assert (change.value.model.handle, change.value.leases) == (model.handle, ())
+
+
 @scenario
 async def test_a_lease_that_cannot_be_is_refused_before_the_load(cache, engine):
     spec = pb.LeaseSpec(client="run 7")

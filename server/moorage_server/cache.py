@@ -260,6 +260,12 @@ class ModelCache:
         if model := self._models.get(handle):
             self._changed(model)
 
+    def expire(self) -> None:
+        """Tells those who watch of leases that have ended by themselves."""
+        for handle in self.leases.take_expired():
+            if model := self._models.get(handle):
+                self._changed(model)
+
     def snapshot(self, model: Model) -> Snapshot:
         """A model as it is now, with what is promised to it and of it."""
         leases = tuple(self.leases.of(model.handle))

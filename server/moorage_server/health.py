@@ -28,7 +28,7 @@ _STATUS = {
 
 
 async def report(cache: ModelCache, healthy: Any, stuck_seconds: float = STUCK_SECONDS) -> None:
-    """Keeps the health service up to date, until it is cancelled.
+    """Keeps the health service, and who watches leases, up to date, until it is cancelled.
 
     Args:
         cache: What is served.
@@ -37,6 +37,7 @@ async def report(cache: ModelCache, healthy: Any, stuck_seconds: float = STUCK_S
     """
     told: dict[str, bool] = {}
     while True:
+        cache.expire()
         lives = cache.device_thread.busy_seconds < stuck_seconds
         now = {m.handle: lives and m.state is State.READY for m in cache.models()}
         now |= {"": lives, READY: lives and not cache.is_restoring}
