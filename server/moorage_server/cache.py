@@ -363,12 +363,14 @@ class ModelCache:
         free = self.budget.capacity - self.budget.reserved()
         leased = sum(self.budget.weights(handle) for handle in {x.handle for x in leases})
         by = f" by {', '.join(map(self._described, leases))}" if leases else ""
+        hint = "what else is loaded is in use. Unload a model, or wait for a lease to end"
+        if wanted > self.budget.capacity:
+            hint = "split the model over more devices, or give models more (--device-memory)"
         return ServerError(
             Reason.DEVICE_BUDGET_EXCEEDED,
-            f"{model.checkpoint.request.model_id} needs {wanted} bytes on each device; of "
-            f"{self.budget.capacity} that models may take {free} are free, and {leased} are leased"
-            f"{by}; what else is loaded is in use. Unload a model, wait for a lease to end, or "
-            "split the model over more devices",
+            f"{model.checkpoint.request.model_id} needs {wanted} bytes on each device, "
+            f"{need.weights} of them for its weights; of {self.budget.capacity} that models may "
+            f"take {free} are free, and {leased} are leased{by}; {hint}",
             needed_bytes=str(wanted),
             free_bytes=str(free),
             leased_bytes=str(leased),
