@@ -63,7 +63,12 @@ def wanted(name="llama3", **fields):
 
 async def load(cache, request=None, seen=None):
     """Watches a load to its end, as LoadModel does; appends what it sees of the progress."""
-    model = await asyncio.shield(cache.join(request or wanted()))
+    join = cache.join(request or wanted())
+    try:
+        model = await asyncio.shield(join)
+    except asyncio.CancelledError:
+        cache.leave(join)
+        raise
     async for _ in cache.watch(model):
         if seen is not None:
             stages = model.monitor.stages()

@@ -93,7 +93,7 @@ async def test_what_can_never_fit_evicts_nobody(cache, engine):
     kept = await load(cache, A)
     engine.room = 0
     cache.budget.capacity = 649
-    with pytest.raises(ServerError, match="650 bytes .*, 600 .* weights; .* over more devices"):
+    with pytest.raises(ServerError, match=r"650 bytes .*, 600 .* weights; .* over more devices"):
         await load(cache, B)
     assert cache.models() == [kept]
     assert kept.state is State.READY
