@@ -16,6 +16,7 @@ from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
 from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
+from moorage_server.admission import Admission
 from moorage_server.budget import Budget
 from moorage_server.changes import Changes
 from moorage_server.device_thread import DeviceThread
@@ -65,7 +66,7 @@ class ModelCache:
         self._journal = journal
         self._restoring: dict[str, asyncio.Task[None]] = {}
         self._restored: list[Entry] = []
-        self._admission = asyncio.Lock()
+        self._admission = Admission(engine, self.budget, self.leases, self.models, self._let_go)
         self._turns = asyncio.Semaphore(_PARALLEL_LOADS)
         self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
         self._models: dict[str, Model] = {}
@@ -223,7 +224,7 @@ class ModelCache:
         model = self.get(handle)
         others = [lease for lease in self.leases.of(handle) if lease.id != lease_id]
         if others and not force:
-            holders = ", ".join(map(self._described, others))
+            holders = ", ".join(map(self.leases.describe, others))
             raise ServerError(
                 Reason.MODEL_LEASED,
                 f"model {handle} is leased by {holders}; wait for that, or unload it by force",
@@ -273,7 +274,7 @@ class ModelCache:
 
     def estimate(self, need: Need) -> list[str] | None:
         """The handles of the models that would be evicted for another; None if it cannot fit."""
-        return self.budget.victims(need, [model.handle for model in self._evictable()])
+        return self.budget.victims(need, self._admission.evictable())
 
     def stop(self) -> None:
         """Cancels what is being loaded or fetched, for the process is about to end."""
@@ -310,7 +311,7 @@ class ModelCache:
         begin = time.monotonic()
         try:
             async with self._turns:
-                await self._admit(model)
+                await self._admission.admit(model)
                 model.enter(State.LOADING)
                 model.device_bytes = await asyncio.get_running_loop().run_in_executor(
                     self._load_threads,
@@ -329,52 +330,6 @@ class ModelCache:
             raise
         finally:
             model.load_seconds = time.monotonic() - begin
-
-    async def _admit(self, model: Model) -> None:
-        """Reserves memory for a model, in the order of asking; evicts others if need be.
-
-        Raises:
-            ServerError: DEVICE_BUDGET_EXCEEDED.
-        """
-        checkpoint = model.checkpoint
-        need = self._engine.need(checkpoint.plan, checkpoint.compute_dtype)
-        async with self._admission:
-            while not self.budget.fits(need):
-                leaving = {m.handle: m.unload for m in self.models() if m.unload}
-                if not self.budget.fits(need, leaving):
-                    candidates = [m.handle for m in self._evictable()]
-                    victims = self.budget.victims(need, candidates, leaving)
-                    if victims is None:
-                        raise self._refused(model, need)
-                    for handle in victims:
-                        _log.info("evicting %s for %s", handle, model.handle)
-                        leaving[handle] = self._let_go(self._models[handle])
-                await asyncio.wait(leaving.values(), return_when=asyncio.FIRST_COMPLETED)
-            self.budget.reserve(model.handle, need)
-
-    def _evictable(self) -> list[Model]:
-        """Models that nobody leases, runs or waits for, the least recently used first."""
-        idle = [m for m in self.models() if m.is_idle and not self.leases.of(m.handle)]
-        return sorted(idle, key=lambda model: model.last_wanted)
-
-    def _refused(self, model: Model, need: Need) -> ServerError:
-        leases = [lease for m in self.models() for lease in self.leases.of(m.handle)]
-        wanted = need.weights + need.temporaries
-        free = self.budget.capacity - self.budget.reserved()
-        leased = sum(self.budget.weights(handle) for handle in {x.handle for x in leases})
-        by = f" by {', '.join(map(self._described, leases))}" if leases else ""
-        hint = "what else is loaded is in use. Unload a model, or wait for a lease to end"
-        if wanted > self.budget.capacity:
-            hint = "split the model over more devices, or give models more (--device-memory)"
-        return ServerError(
-            Reason.DEVICE_BUDGET_EXCEEDED,
-            f"{model.checkpoint.request.model_id} needs {wanted} bytes on each device, "
-            f"{need.weights} of them for its weights; of {self.budget.capacity} that models may "
-            f"take {free} are free, and {leased} are leased{by}; {hint}",
-            needed_bytes=str(wanted),
-            free_bytes=str(free),
-            leased_bytes=str(leased),
-        )
 
     def _changed(self, model: Model) -> None:
         self.changes.add(self.snapshot(model))
@@ -398,9 +353,6 @@ class ModelCache:
         finally:
             del self._restoring[entry.handle]
             self._keep()
-
-    def _described(self, lease: Lease) -> str:
-        return f"{lease.client or 'a client'} ({self.leases.seconds_left(lease):.0f} s left)"
 
     def _let_go(self, model: Model) -> asyncio.Task[dict[int, int]]:
         """Starts to unload a model, or joins that."""

@@ -108,6 +108,10 @@ class LeaseTable:
         """How long a lease lasts if it is not renewed."""
         return max(0.0, lease.expires - self.now())
 
+    def describe(self, lease: Lease) -> str:
+        """Who holds a lease, and for how long."""
+        return f"{lease.client or 'a client'} ({self.seconds_left(lease):.0f} s left)"
+
     def _known(self, lease_id: str) -> Lease:
         self._expire()
         if lease := self._leases.get(lease_id):
