@@ -1,0 +1,575 @@
+"""Calls in any order, faults at any point: what must hold of models, memory and leases throughout.
+
+Nothing here goes on by itself. A thread stops at every point that the engine names, and the event
+loop turns as often as a rule says: a sequence that fails once fails again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from cache_scenario import CONTEXT, wanted
+from engine_double import STAGES, EngineDouble
+from moorage.v1 import moorage_pb2 as pb
+from moorage_models.checkpoint import open_checkpoint
+from moorage_models.errors import ModelError
+from moorage_models.errors import Reason as ModelReason
+from moorage_models.sources import Policy
+from moorage_server import cache as cache_module
+from moorage_server import convert, device_thread
+from moorage_server.cache import ModelCache, handle_of
+from moorage_server.engine import Need
+from moorage_server.errors import ServerError
+from moorage_server.service import ModelService, ScoringService
+
+CAPACITY = 1250
+NEEDS = {
+    "llama3": Need(600, 50),
+    "gemma2": Need(500, 20),
+    "qwen3_tied": Need(300, 100),
+    "qwen2p5_tied": Need(650, 10),
+    "llama3p2": Need(120, 0),
+    "qwen3_f32": Need(5000, 0),  # never fits
+}
+CHECKPOINTS = {name: open_checkpoint(wanted(name), Policy()) for name in NEEDS}
+HANDLES = {name: handle_of(CHECKPOINTS[name], EngineDouble().info().mesh) for name in NEEDS}
+NEED_OF = {HANDLES[name]: need for name, need in NEEDS.items()}
+POINTS = ("look", *STAGES, "loaded", "forward", "unload")
+
+FOLLOWING = {
+    "": {"QUEUED"},
+    "QUEUED": {"LOADING", "FAILED", "CANCELLED"},
+    "LOADING": {"READY", "FAILED", "CANCELLED"},
+    "READY": {"READY", "DRAINING"},  # itself: its leases changed
+    "DRAINING": {"DRAINING", "UNLOADED"},
+}
+OVER = {"UNLOADED", "FAILED", "CANCELLED"}
+HOLDING = {"LOADING", "READY", "DRAINING"}
+
+
+class Job(threading.Thread):
+    """A call in a pool; it stops at every point until it is told to go on."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.future: Future[Any] = Future()
+        self._call = call
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def step(self) -> None:
+        """Lets it run to its next point, or its end."""
+        if self.ident is None:
+            if not self.future.set_running_or_notify_cancel():
+                return
+            self.start()
+        self._go.release()
+        assert self._back.acquire(timeout=30)
+
+    def pause(self) -> None:
+        self._back.release()
+        self._go.acquire()
+
+    def run(self) -> None:
+        self._go.acquire()
+        try:
+            self.future.set_result(self._call())
+        except Exception as error:
+            self.future.set_exception(error)
+        self._back.release()
+
+
+class Pool(ThreadPoolExecutor):
+    """Threads that the test runs, one step at a time."""
+
+    def __init__(self, workers: int, name: str) -> None:
+        super().__init__(workers, name)
+        self._workers, self._jobs = workers, list[Job]()
+
+    def submit(self, call, /, *args, **options):
+        self._jobs.append(Job(functools.partial(call, *args, **options)))
+        return self._jobs[-1].future
+
+    def running(self) -> list[Job]:
+        self._jobs = [job for job in self._jobs if not job.future.done()]
+        return self._jobs[: self._workers]
+
+
+class SteppedEngine(EngineDouble):
+    """Keeps account of what is truly in memory, from the first byte of a load to the last."""
+
+    def __init__(self, in_use: Callable[[str], int]) -> None:
+        super().__init__()
+        self._in_use = in_use
+        self.placed: set[str] = set()
+        self.wrong: list[AssertionError] = []
+
+    def info(self):
+        return replace(super().info(), device_bytes=CAPACITY)
+
+    def need(self, plan, compute_dtype):
+        return next(NEEDS[n] for n, c in CHECKPOINTS.items() if c.plan.config == plan.config)
+
+    def load(self, handle, checkpoint, monitor):
+        with self._noted():
+            assert handle not in self.placed, "two loads at once"
+        self.placed.add(handle)
+        try:
+            with self._noted():
+                assert total(self.placed) <= CAPACITY, "more than there is"
+                return super().load(handle, checkpoint, monitor)
+        except Exception:
+            self.placed.remove(handle)
+            raise
+
+    def forward(self, handle, batch, outputs):
+        with self._noted():
+            return super().forward(handle, batch, outputs)
+
+    def unload(self, handle):
+        try:
+            with self._noted():
+                assert not self._in_use(handle), "freed while somebody runs it"
+                return super().unload(handle)
+        finally:
+            self.placed.remove(handle)
+            self.loaded.discard(handle)
+
+    def look(self, request, policy, **_):
+        self._pass("look")
+        return CHECKPOINTS[request.model_id]
+
+    def _pass(self, point, check=lambda: None):
+        self.events.append(point)
+        job = threading.current_thread()
+        assert isinstance(job, Job)
+        job.pause()
+        check()
+        if failure := self.failures.pop(point, None):
+            raise failure
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """A failed assertion would pass for a failed load."""
+        try:
+            yield
+        except AssertionError as error:
+            self.wrong.append(error)
+            raise
+
+
+def total(handles) -> int:
+    """Bytes that models take together: all weights, and the largest temporaries once."""
+    needs = [NEED_OF[handle] for handle in handles]
+    return sum(n.weights for n in needs) + max((n.temporaries for n in needs), default=0)
+
+
+@dataclass
+class Call:
+    """A call under way.
+
+    Attributes:
+        task: Its task.
+        handle: The model that it is about.
+        cancelled: How many unloads of that model there had been when it began.
+        loads: It is a LoadModel.
+        left: Its caller has left.
+    """
+
+    task: asyncio.Task[None]
+    handle: str
+    cancelled: int
+    loads: bool = False
+    left: bool = False
+
+
+@dataclass
+class Held:
+    """A lease as its holder knows it."""
+
+    handle: str
+    seconds: float
+    expires: float
+
+
+TURNS = st.sampled_from([0, 1, 1, 2, 3, 4, 6, 60])
+NAMES = st.sampled_from([*NEEDS, *list(NEEDS)[:-1]])
+PICK = st.integers(0, 7)
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """Callers around a cache whose threads and event loop the test runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = 0.0
+        self.problems: list[dict[str, Any]] = []
+        self.loop = asyncio.new_event_loop()
+        self.loop.time = lambda: self.clock  # type: ignore[method-assign]
+        self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
+        self.engine = SteppedEngine(self._in_use)
+        self.pools: list[Pool] = []
+        self.loop.set_default_executor(self._pool(8, "look"))
+        self.patch = mock.patch.object(cache_module, "open_checkpoint", self.engine.look)
+        self.patch.start()
+        with (
+            mock.patch.object(cache_module, "ThreadPoolExecutor", self._pool),
+            mock.patch.object(device_thread, "ThreadPoolExecutor", self._pool),
+        ):
+            self.cache = ModelCache(self.engine, Policy(), lambda: self.clock)
+        self.calls: list[Call] = []
+        self.leases: dict[str, Held] = {}
+        self.given: list[str] = []
+        self.injected: list[Exception] = []
+        self.unloads: Counter[str] = Counter()
+        self.firm: set[str] = set()
+        self.asked: set[str] = set()
+        self.sequence = 0
+        self.states = dict.fromkeys(NEED_OF, "")
+        self.before: tuple[list[str], set[str]] = ([], set())
+
+    # What callers do.
+
+    @rule(name=NAMES, lease=st.sampled_from([0, 0, 10, 100]), firm=st.booleans(), turns=TURNS)
+    def load(self, name: str, lease: int, firm: bool, turns: int) -> None:
+        message = pb.LoadModelRequest(
+            model=convert.to_spec(wanted(name)), cancel_if_abandoned=not firm
+        )
+        if lease:
+            message.lease.duration.FromSeconds(lease)
+        if firm:
+            self.firm.add(HANDLES[name])
+        self._begin(self._load(message), HANDLES[name], loads=True)
+        self.turn(turns)
+
+    async def _load(self, message: pb.LoadModelRequest) -> None:
+        async for answer in ModelService(self.cache).LoadModel(message, CONTEXT):
+            if answer.HasField("model"):
+                handle, seconds = answer.model.handle, message.lease.duration.seconds
+                model = self.cache.get(handle)
+                assert (model.state, model.unload) == ("READY", None), "given what is going"
+                if seconds:
+                    self.leases[answer.lease.id] = Held(handle, seconds, self.clock + seconds)
+                    self.given.append(answer.lease.id)
+
+    @rule(name=NAMES, turns=TURNS)
+    def forward(self, name: str, turns: int) -> None:
+        self._begin(self._forward(HANDLES[name]), HANDLES[name])
+        self.turn(turns)
+
+    async def _forward(self, handle: str) -> None:
+        model = self._model(handle)
+        ready = model is not None and model.state == "READY" and not model.unload
+        message = pb.ForwardRequest(handle=handle, token_ids=[7, 8, 9], row_lengths=[3])
+        answers = ScoringService(self.cache, self.engine).Forward(message, CONTEXT)
+        found: object = None
+        try:
+            found = [part.WhichOneof("part") async for part in answers]
+        except ServerError as error:
+            found = error.reason
+        assert found == (["header", "chunk"] if ready else "MODEL_NOT_LOADED")
+
+    @precondition(lambda self: self.calls)
+    @rule(pick=PICK, turns=TURNS)
+    def leave(self, pick: int, turns: int) -> None:
+        call = self.calls[pick % len(self.calls)]
+        call.left = True
+        call.task.cancel()
+        self.turn(turns)
+
+    @rule(name=NAMES, pick=PICK, how=st.sampled_from(["plain", "own", "force"]), turns=TURNS)
+    def unload(self, name: str, pick: int, how: str, turns: int) -> None:
+        own = self.given[pick % len(self.given)] if how == "own" and self.given else ""
+        self._begin(self._unload(HANDLES[name], own, how == "force"), HANDLES[name])
+        self.turn(turns)
+
+    async def _unload(self, handle: str, own: str, force: bool) -> None:
+        others = [i for i in self._leases_of(handle) if i != own]
+        refused = "MODEL_LEASED" if others and not force else ""
+        if self._model(handle) is None:
+            refused = "MODEL_NOT_LOADED"
+        if not refused:
+            self.asked.add(handle)
+            self.unloads[handle] += 1
+        message = pb.UnloadModelRequest(handle=handle, lease_id=own, force=force)
+        reason = ""
+        try:
+            await ModelService(self.cache).UnloadModel(message, CONTEXT)
+        except ServerError as error:
+            reason = str(error.reason)
+        assert reason == refused
+
+    @precondition(lambda self: self.given)
+    @rule(pick=PICK, release=st.booleans())
+    def renew_or_release(self, pick: int, release: bool) -> None:
+        lease = self.given[pick % len(self.given)]
+        alive = any(lease in self._leases_of(handle) for handle in NEED_OF)
+        reason = ""
+        try:
+            if release:
+                self.cache.release(lease)
+            else:
+                self.cache.renew(lease)
+        except ServerError as error:
+            reason = str(error.reason)
+        assert reason == ("" if alive else "LEASE_UNKNOWN")
+        if not alive:
+            return
+        if release:
+            del self.leases[lease]
+        else:
+            self.leases[lease].expires = self.clock + self.leases[lease].seconds
+
+    # What happens to them.
+
+    @rule(seconds=st.sampled_from([0.2, 5.0, 11.0, 100.0]), turns=TURNS)
+    def time_passes(self, seconds: float, turns: int) -> None:
+        self.clock += seconds
+        self.turn(turns)
+
+    @rule(point=st.sampled_from(POINTS), known=st.booleans())
+    def something_will_fail(self, point: str, known: bool) -> None:
+        told = ModelError(ModelReason.CHECKPOINT_CORRUPT, "damaged")
+        self.injected.append(told if known else RuntimeError("a bug"))
+        self.engine.failures[point] = self.injected[-1]
+
+    @precondition(lambda self: self._jobs())
+    @rule(pick=PICK, steps=st.integers(1, 6), turns=TURNS)
+    def work(self, pick: int, steps: int, turns: int) -> None:
+        jobs = self._jobs()
+        job = jobs[pick % len(jobs)]
+        for _ in range(steps):
+            if not job.future.done():
+                job.step()
+        self.turn(turns)
+
+    @rule()
+    def work_to_the_end(self) -> None:
+        self.turn(60)
+        for _ in range(100):
+            if not (jobs := self._jobs()):
+                return
+            for job in jobs:
+                job.step()
+            self.turn(60)
+        raise AssertionError("it never ends")
+
+    @rule(turns=TURNS)
+    def turn(self, turns: int) -> None:
+        async def run() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        if turns:
+            self.loop.run_until_complete(run())
+            self._read_log()
+            self._end_calls()
+        if turns == 60:
+            self._nobody_works_for_nobody()
+
+    # What must hold.
+
+    @invariant()
+    def memory_is_promised_to_those_who_hold_it(self) -> None:
+        holding = {m.handle for m in self.cache.models() if m.state in HOLDING}
+        assert {h for h in NEED_OF if self.cache.budget.promised(h)} == holding
+        assert self.cache.budget.reserved() == total(holding) <= CAPACITY
+        assert self.engine.placed <= holding
+        assert self.engine.wrong == []
+        assert self.problems == []
+
+    @invariant()
+    def the_log_ends_with_what_is(self) -> None:
+        self._read_log()
+        there = {model.handle: str(model.state) for model in self.cache.models()}
+        last = {h: s for h, s in self.states.items() if s and s not in OVER}
+        assert there == last
+        for model in self.cache.models():
+            leased = {lease.id for lease in self.cache.leases.of(model.handle)}
+            assert leased == set(self._leases_of(model.handle))
+
+    @invariant()
+    def no_more_is_evicted_than_must(self) -> None:
+        models = {model.handle: model for model in self.cache.models()}
+        queued = [h for h, model in models.items() if model.state == "QUEUED"]
+        leaving = {h for h, model in models.items() if model.unload}
+        before, (self.before, same) = self.before, ((queued, leaving), self.before[0] == queued)
+        gone = leaving - before[1] - self.asked
+        evicted = {h for h in gone if models[h].state in ("READY", "DRAINING")}
+        if not (evicted and same and len(queued) == 1 and before[1] <= leaving):
+            return
+        staying = {h for h, m in models.items() if m.state in HOLDING} - leaving
+        for handle in evicted:
+            assert total({*staying, handle, *queued}) > CAPACITY, "it need not have gone"
+        if len(evicted) == 1:
+            (model,) = (models[handle] for handle in evicted)
+            for other in staying:
+                if models[other].is_idle and not self._leases_of(other):
+                    older = models[other].last_wanted < model.last_wanted
+                    alone = total({*staying, model.handle, *queued} - {other})
+                    assert not older or alone > CAPACITY, "an older one would have done"
+
+    def teardown(self) -> None:
+        try:
+            self._let_all_go()
+            self._load_all_anew()
+        finally:
+            self._stop()
+
+    def _let_all_go(self) -> None:
+        self.engine.failures.clear()
+        self.work_to_the_end()
+        self.clock += 2.0
+        self.work_to_the_end()
+        assert self.calls == []
+        assert asyncio.all_tasks(self.loop) == set()
+        for model in self.cache.models():
+            assert (model.state, model.unload) == ("READY", None)
+            assert (model.waiters, model.in_use) == (0, 0)
+        assert self.engine.loaded == self.engine.placed == {m.handle for m in self.cache.models()}
+        assert self.cache.budget.reserved() == total(self.engine.loaded)
+
+    def _load_all_anew(self) -> None:
+        """Once every lease has ended, whatever fits alone can be loaded, and all can be freed."""
+        self.clock += 1000.0
+        for name in list(NEEDS)[:-1]:
+            self.load(name, 0, True, 60)
+            self.work_to_the_end()
+            assert HANDLES[name] in self.engine.loaded
+        for name in NEEDS:
+            self.unload(name, 0, "plain", 60)
+            self.work_to_the_end()
+        self.the_log_ends_with_what_is()
+        assert (self.cache.models(), self.cache.budget.reserved()) == ([], 0)
+        assert (self.engine.loaded, self.engine.wrong, self.problems) == (set(), [], [])
+
+    def _stop(self) -> None:
+        """Ends what still runs, however the test has ended."""
+        self.patch.stop()
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        for _ in range(200):
+            for job in self._jobs():
+                job.step()
+        self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
+
+    # How it is found out.
+
+    def _begin(self, calling: Coroutine[Any, Any, None], handle: str, loads: bool = False) -> None:
+        task = self.loop.create_task(calling)
+        self.calls.append(Call(task, handle, self.unloads[handle], loads))
+
+    def _pool(self, workers: int, name: str) -> Pool:
+        self.pools.append(Pool(workers, name))
+        return self.pools[-1]
+
+    def _jobs(self) -> list[Job]:
+        return [job for pool in self.pools for job in pool.running()]
+
+    def _model(self, handle: str) -> Any:
+        return next((m for m in self.cache.models() if m.handle == handle), None)
+
+    def _in_use(self, handle: str) -> int:
+        model = self._model(handle)
+        return model.in_use if model else 0
+
+    def _leases_of(self, handle: str) -> list[str]:
+        alive = {i: held for i, held in self.leases.items() if held.expires > self.clock}
+        return [i for i, held in alive.items() if held.handle == handle]
+
+    def _read_log(self) -> None:
+        for change in list(self.cache.changes._latest):
+            if change.sequence <= self.sequence:
+                continue
+            assert change.sequence == self.sequence + 1
+            self.sequence = change.sequence
+            self._follow(change.value)
+
+    def _follow(self, snapshot: Any) -> None:
+        handle, state = snapshot.model.handle, str(snapshot.model.state)
+        before = self.states[handle]
+        assert state in FOLLOWING["" if before in OVER else before]
+        self.states[handle] = state
+        if state == "DRAINING" and handle not in self.asked:
+            assert (snapshot.leases, snapshot.model.in_use, snapshot.model.waiters) == ((), 0, 0)
+        if state in OVER:
+            self.asked.discard(handle)
+            self.firm -= {handle} - {c.handle for c in self.calls if c.loads}
+            self.leases = {i: held for i, held in self.leases.items() if held.handle != handle}
+
+    def _end_calls(self) -> None:
+        ended = [call for call in self.calls if call.task.done()]
+        self.calls = [call for call in self.calls if not call.task.done()]
+        for call in ended:
+            if call.task.cancelled():
+                assert call.left
+            elif error := call.task.exception():
+                self._explain(call, error)
+
+    def _explain(self, call: Call, error: BaseException) -> None:
+        """Fails unless a call has failed for a reason that there was."""
+        if any(error is one for one in self.injected):
+            return
+        if not isinstance(error, ModelError | ServerError):
+            raise error
+        assert call.loads
+        if error.reason == "LOAD_CANCELLED":
+            assert self.unloads[call.handle] > call.cancelled, "nobody had asked for that"
+            return
+        assert error.reason == "DEVICE_BUDGET_EXCEEDED"
+        need, details = NEED_OF[call.handle], {n: int(v) for n, v in error.details.items()}
+        assert set(details) == {"needed_bytes", "free_bytes", "leased_bytes"}
+        assert details["needed_bytes"] == need.weights + need.temporaries
+        assert 0 <= details["free_bytes"] < details["needed_bytes"]
+        assert 0 <= details["leased_bytes"] <= CAPACITY - details["free_bytes"]
+
+    def _nobody_works_for_nobody(self) -> None:
+        """A load that everybody has left, who all asked for its end then, ends."""
+        wanted = {call.handle for call in self.calls if call.loads} | self.firm
+        for model in self.cache.models():
+            if model.state in ("QUEUED", "LOADING") and model.handle not in wanted:
+                assert model.unload, "nobody wants it"
+
+
+QUICK = settings(
+    max_examples=30,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_whatever_happens_in_whatever_order() -> None:
+    run_state_machine_as_test(Lifecycle, settings=QUICK)
+    gc.collect()
+
+
+@pytest.mark.soak
+def test_whatever_happens_in_whatever_order_for_long() -> None:
+    long = settings(
+        QUICK, max_examples=400, stateful_step_count=60, derandomize=False, print_blob=True
+    )
+    run_state_machine_as_test(Lifecycle, settings=long)
+    gc.collect()
