@@ -194,8 +194,9 @@ def test_what_kagglehub_did_not_finish_is_verified_and_completed(
     error = refusal(checkpoint)
     assert error.reason is Reason.CHECKPOINT_CORRUPT
     assert "merges.txt" in error.message
-    assert hub.sent("GET */config.json") == 1  # which comes with the digest
     assert contents(fetch(checkpoint)) == NEEDED
+    # A byte each time, with which the digest comes; the refusal may have been before the first.
+    assert 1 <= hub.sent("GET */config.json") <= 2
 
 
 def test_kagglehub_does_not_take_a_load_for_a_download_of_all(hub: Kaggle) -> None:
