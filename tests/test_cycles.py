@@ -100,7 +100,10 @@ def left() -> dict[str, int]:
 @pytest.mark.parametrize(
     ("warm_up", "count"), [(10, 15), pytest.param(200, 1000, marks=pytest.mark.soak)]
 )
-def test_nothing_is_left_of_loads(warm_up: int, count: int, caplog: Any) -> None:
+def test_nothing_is_left_of_loads(
+    warm_up: int, count: int, caplog: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # which no other test writes to
     caplog.set_level("CRITICAL")  # pytest keeps tracebacks, whose frames hold arrays
 
     async def run() -> None:
@@ -112,7 +115,10 @@ def test_nothing_is_left_of_loads(warm_up: int, count: int, caplog: Any) -> None
         for _ in range(count):
             await cycles.one()
         await asyncio.sleep(0.5)
-        assert left() == before
+        after = left()
+        assert after["arrays"] == before["arrays"]
+        # What earlier tests of this process left may end meanwhile.
+        assert all(after[kind] <= before[kind] for kind in before), (before, after)
         if count >= 1000:
             assert resident() - memory < count * 10_000
 

@@ -38,11 +38,11 @@ QUICK: list[tuple[str, Sizes, str]] = [
 #: Preset, stored and compute dtype, mesh, rows x length, and how far the bound may be above.
 REAL = [
     ("gemma2_2b", "bfloat16", "bfloat16", (8, 1), (8, 2048), 1.5),  # a gathered head
+]
+REAL_SOAK = [
     ("qwen3_8b", "bfloat16", "bfloat16", (1, 8), (1, 8192), 2.6),  # activations
     ("qwen3_30b_a3b", "float32", "float32", (1, 8), (1, 128), 1.4),  # experts
     ("qwen2p5_7b", "float32", "float32", (1, 8), (1, 128), 1.3),  # stacks laid anew
-]
-REAL_SOAK = [
     ("qwen3_30b_a3b", "bfloat16", "bfloat16", (1, 8), (1, 8192), 3.0),  # experts, one by one
     ("llama3p1_8b", "bfloat16", "bfloat16", (4, 2), (4, 128), 1.6),  # a gathered table
     ("gemma2_2b", "bfloat16", "bfloat16", (1, 1), (1, 2048), 3.0),
