@@ -58,4 +58,4 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def no_thread_fetches() -> bool:
-    return not any(thread.name.startswith("fetch") for thread in threading.enumerate())
+    return not any(t.name.startswith(("fetch", "stream")) for t in threading.enumerate())

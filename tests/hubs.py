@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -238,6 +239,7 @@ def serving(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Serv
         service.hub.faults = []
         service.hub.closed.set()
         until(no_thread_fetches)
+        gc.collect()  # a socket that was left open is told of here, not in a later test
 
 
 def digests(output: str) -> list[dict[str, str]]:
