@@ -3,6 +3,7 @@
 # make soak   what is too slow for the suite
 # make bench  every figure, as ratios within one run
 # make bench-load  loads against the limit of reading and other loaders; options in ARGS
+# make bench-beside  a forward pass while another model loads; options in ARGS
 # make presets  every preset at its real size, compiled from shapes alone
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
-.PHONY: demo test lint soak bench bench-load presets stubs clean
+.PHONY: demo test lint soak bench bench-load bench-beside presets stubs clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -36,6 +37,9 @@ bench: $(VENV)/dev
 
 bench-load: $(VENV)/dev
 	$(BIN)/python benchmarks/load.py $(ARGS)
+
+bench-beside: $(VENV)/dev
+	$(BIN)/python benchmarks/beside_load.py $(ARGS)
 
 presets: $(VENV)/dev
 	$(BIN)/python benchmarks/presets.py

@@ -1,138 +1,186 @@
-"""Forward against transformers, and the server against the engine in process: ratios of one run.
+"""A forward pass in process against transformers and Tunix: speeds of one run.
 
-    make bench          needs torch and transformers for the first ratio; says so without them
+    make bench ARGS="--torch-python P --tunix-python T"
 
-All compute per-token log-probabilities of SmolLM2-135M-Instruct in float32 on one CPU device, on
-the same random ids. Each figure is the median of pairs that take turns.
+Each contestant is a process of its own that holds one real checkpoint on the CPU, and is told when
+to score: they take turns. All give per-token log-probabilities of the same ids, and each line's
+figure is our speed over theirs (their seconds by ours, round by round). A contestant that is not
+installed, cannot load the model, finds other numbers, or would need more memory than there is, is
+left out, and the run says so. One that is very slow scores once.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import statistics
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-import asyncio
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-import numpy as np
+import turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import moorage
 import real_models
-from moorage_models.sources import Policy
-from moorage_server.cache import ModelCache
-from moorage_server.engine import Bucket
-from moorage_server.engine.local import LocalEngine, make_mesh
-from moorage_server.main import make_server
-from moorage_server.scoring import make_rows, score
 
-SHAPES = [(1, 128), (8, 512)]
-ROUNDS = 7
+MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
+DTYPES = ("float32", "bfloat16")
+#: What is wanted of our speed over the faster peer's, by rows and length.
+TARGETS: Mapping[tuple[int, int], str] = {(1, 128): ">= 0.9", (8, 512): ">= 1.0"}
+
+_SLOW_SECONDS = 10.0  # of one pass: it scores once, and no larger shape
+_BUDGET_SECONDS = 60.0
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of the mean, relative
+_LOGITS = 3  # copies of all logits, in float32, that a peer may hold
 
 
-def main() -> None:
-    folder = real_models.make("smollm2-135m-instruct")
-    buckets = [Bucket(length, rows) for rows, length in SHAPES]
-    engine = LocalEngine(make_mesh({"fsdp": 1, "tp": 1}), buckets)
-    address, stop = serve(engine, folder.parent)
-    with moorage.connect(address) as client:
-        model = client.load("smollm2", "internal", folder.name, dtype="float32")
-        alone = InProcess(engine, model.handle)
-        print(f"{'shape':>8}{'server/in process':>22}{'overhead ms':>14}{'transformers/ours':>20}")
-        for rows, length in SHAPES:
-            ids = np.random.default_rng(0).integers(3, 49_000, (rows, length)).astype(np.int32)
-            ours = lambda ids=ids: alone.score(ids)  # noqa: E731
-            served = lambda ids=ids: model.forward(ids)  # noqa: E731
-            ratio, overhead = compare(served, ours)
-            peer = transformers_run(folder, ids)
-            against = f"{compare(peer, ours)[0]:.2f}" if peer else "not installed"
-            print(
-                f"{rows}x{length:<6}{ratio:>22.3f}{overhead * 1e3:>14.2f}{against:>20}", flush=True
+class Contestant:
+    """A process that scores when it is told to.
+
+    Args:
+        name: As `forward_peers.py` names it.
+        python: Whose interpreter.
+        folder: The checkpoint.
+        dtype: Of parameters and arithmetic.
+
+    Attributes:
+        missing: Why it cannot take part; empty if it can.
+        mean: Of the log-probabilities that it found last.
+    """
+
+    def __init__(self, name: str, python: str, folder: Path, dtype: str) -> None:
+        script = str(Path(__file__).with_name("forward_peers.py"))
+        command = [python, script, name, str(folder), "--dtype", dtype]
+        self.missing, self.mean = "", 0.0
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
-    stop()
+        except OSError as error:
+            self.missing = str(error)
+        else:
+            self._answer()
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
+    def run(self, rows: int, length: int) -> float:
+        """Seconds of one pass; infinite if it failed, and `missing` says that."""
+        if self.missing:
+            return float("inf")
+        assert self._process
+        assert self._process.stdin
+        self._process.stdin.write(f"{rows} {length}\n")
+        self._process.stdin.flush()
+        said = self._answer()
+        self.mean = said.get("mean", 0.0)
+        return float(said.get("seconds", "inf"))
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        said: dict[str, Any] = json.loads(line or '{"missing": "its process ended"}')
+        self.missing = said.get("missing", "")
+        return said
 
 
-class InProcess:
-    """A loaded model, scored without a server."""
-
-    def __init__(self, engine: LocalEngine, handle: str) -> None:
-        self._engine = engine
-        self._handle = handle
-        self._config = engine._models[handle].programs.config
-        self._thread = ThreadPoolExecutor(1)
-
-    def score(self, ids: np.ndarray) -> np.ndarray:
-        rows = make_rows(ids.reshape(-1).tolist(), [ids.shape[1]] * len(ids), [])
-        run = lambda batch, outputs: self._engine.forward(self._handle, batch, outputs)  # noqa: E731
-        buckets = self._engine.info().buckets
-        return self._thread.submit(score, rows, self._config, ["logprobs"], buckets, run).result()[
-            "logprobs"
-        ]
-
-
-def compare(one: Callable[[], object], two: Callable[[], object]) -> tuple[float, float]:
-    """The median ratio and difference of seconds, one to two, of rounds that take turns."""
-    one(), two()
-    ratios, differences = [], []
-    for _ in range(ROUNDS):
-        seconds = []
-        for run in (one, two):
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-        ratios.append(seconds[0] / seconds[1])
-        differences.append(seconds[0] - seconds[1])
-    return statistics.median(ratios), statistics.median(differences)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch-python", default=sys.executable, help="has torch, transformers")
+    parser.add_argument("--tunix-python", default=sys.executable, help="has tunix")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    args = parser.parse_args(argv)
+    pythons = {"ours": sys.executable, "torch": args.torch_python, "tunix": args.tunix_python}
+    print(turns.HEADER)
+    for model in args.models:
+        folder = real_models.make(model)
+        for dtype in DTYPES:
+            with ExitStack() as stack:
+                all_of_them = {
+                    name: stack.enter_context(Contestant(name, python, folder, dtype))
+                    for name, python in pythons.items()
+                }
+                compare(f"{model}, {dtype}", folder, dtype, all_of_them, args.rounds)
 
 
-def transformers_run(folder: Path, ids: np.ndarray) -> Callable[[], object] | None:
-    """The same by transformers with torch, if they are installed."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        return None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = torch.from_numpy(ids).long()
+def compare(
+    name: str, folder: Path, dtype: str, contestants: Mapping[str, Contestant], rounds: int
+) -> None:
+    """Prints the figures of one model and dtype, at every shape."""
+    ours, *_ = contestants.values()
+    if ours.missing:
+        raise SystemExit(f"{name}: {ours.missing}")
+    for (rows, length), target in TARGETS.items():
+        shape, slow = f"{name}, {rows} x {length}", {}
+        needed = _LOGITS * 4 * rows * length * vocabulary(folder)
+        ours.run(rows, length)
+        for peer, other in contestants.items():
+            if other is ours or other.missing:
+                continue
+            if needed > available():
+                left_out(shape, peer, f"its logits may take {needed / 1e9:.0f} GB")
+                continue
+            slow[peer] = other.run(rows, length)
+            if abs(other.mean - ours.mean) > _TOLERANCE[dtype] * abs(ours.mean):
+                print(f"({shape}: {peer} finds {other.mean:.3f} on average, ours {ours.mean:.3f})")
+        quick = {peer for peer, seconds in slow.items() if seconds < _SLOW_SECONDS}
+        runs = {
+            peer: lambda other=contestants[peer], shape=(rows, length): other.run(*shape)
+            for peer in ("ours", *sorted(quick))
+        }
+        taken = turns.take_turns(runs, rounds, _BUDGET_SECONDS)
+        for peer in slow:
+            if contestants[peer].missing:
+                left_out(shape, peer, contestants[peer].missing)
+            elif peer in quick:
+                values = turns.ratios(taken[peer], taken["ours"])
+                turns.show(f"{shape}: speed / {peer}", values, target)
+            else:
+                once = [slow[peer] / seconds for seconds in taken["ours"]]
+                turns.show(f"{shape}: speed / {peer}, which scored once", once, target)
+                contestants[peer].missing = f"a pass took {slow[peer]:.0f} s"
+    for peer, other in contestants.items():
+        if other.missing:
+            left_out(name, peer, other.missing)
 
-    @torch.no_grad()
-    def run() -> object:
-        logits = model(tokens, use_cache=False).logits[:, :-1]
-        return torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])
 
-    return run
+def left_out(name: str, peer: str, why: str) -> None:
+    print(f"| {name}: {peer} is left out: {why.splitlines()[0]} | | | | |", flush=True)
 
 
-def serve(engine: LocalEngine, root: Path) -> tuple[str, Callable[[], None]]:
-    """Serves an engine from a thread; gives its address, and what stops it."""
-    ready, stopped = threading.Event(), []
-    address = ""
+def vocabulary(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
 
-    async def run() -> None:
-        nonlocal address
-        policy = Policy(roots=(root,))
-        server, _ = make_server(ModelCache(engine, policy), engine, policy)
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        stopped.append(lambda: loop.call_soon_threadsafe(stop.set))
-        ready.set()
-        await stop.wait()
-        await server.stop(0)
 
-    threading.Thread(target=lambda: asyncio.run(run()), daemon=True).start()
-    ready.wait()
-    return address, stopped[0]
+def available() -> int:
+    """Bytes of memory that are free, or would be without the page cache."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    return int(kilobytes) * 1024
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads do not spin beside others
     main()

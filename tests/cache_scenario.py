@@ -16,11 +16,15 @@ from moorage.v1 import moorage_pb2 as pb
 from moorage_models.errors import ModelError
 from moorage_models.sources import ModelRequest, ModelSource, Policy
 from moorage_server.cache import Model, ModelCache
+from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
+from moorage_server.scheduler import Scheduler
 from moorage_server.service import ScoringService
 
 HALF = {"fetch": (100, 100), "place": (50, 100)}
 CONTEXT = mock.create_autospec(grpc.aio.ServicerContext)
+CONTEXT.peer.return_value = "ipv4:127.0.0.1:1"
+CONTEXT.time_remaining.return_value = None
 PATH = str(GOLDEN / "llama3")
 WHOLE = {"fetch": (100, 100), "place": (100, 100), "compile": (100, 100)}
 
@@ -79,7 +83,8 @@ async def load(cache, request=None, seen=None):
 async def forward(cache, engine, model: Model):
     """One pass over three tokens, by the servicer itself."""
     request = pb.ForwardRequest(handle=model.handle, token_ids=[7, 8, 9], row_lengths=[3])
-    return [part async for part in ScoringService(cache, engine).Forward(request, CONTEXT)]
+    service = ScoringService(cache, engine, Scheduler(engine, cache.device_thread), Draining())
+    return [part async for part in service.Forward(request, CONTEXT)]
 
 
 async def reached(engine, point, times=1):

@@ -11,7 +11,8 @@ import numpy as np
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
-from moorage_server.engine import Batch, Bucket, Device, EngineInfo, Need
+from moorage_server.engine import Answers, Batch, Bucket, Device, EngineInfo, Need, Question
+from moorage_server.engine.outputs import PROFILES
 
 STAGES = ("fetch", "place", "compile")
 BYTES = {0: 600, 1: 400}
@@ -53,9 +54,8 @@ class EngineDouble:
 
     def info(self) -> EngineInfo:
         devices = tuple(Device(number, "double") for number in BYTES)
-        return EngineInfo(
-            "cpu", devices, {"fsdp": 1, "tp": 2}, BUCKETS, self.room * max(BYTES.values()) + 50
-        )
+        memory = self.room * max(BYTES.values()) + 50
+        return EngineInfo("cpu", devices, {"fsdp": 1, "tp": 2}, BUCKETS, memory, PROFILES)
 
     def need(self, plan: Plan[Any], compute_dtype: str) -> Need:
         return Need(max(BYTES.values()), 50)
@@ -82,14 +82,16 @@ class EngineDouble:
         self.loaded.remove(handle)
         return dict(BYTES)
 
-    def forward(self, handle: str, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Gives the negative of each token's id as the value after it."""
+    def forward(self, handle: str, batch: Batch, questions: Sequence[Question]) -> Answers:
+        """Gives the negative of each token's id as every value after it."""
         assert handle in self.loaded, "freed before a forward pass began"
         self._pass("forward")
         assert handle in self.loaded, "freed while a forward pass ran"
         self.events.append("forward ended")
-        rows = zip(batch.tokens, batch.lengths, strict=False)
-        return {"logprobs": -np.concatenate([row[:n] for row, n in rows]).astype(np.float32)}
+        return Answers(tuple(_negatives(batch, question) for question in questions), 0.0, 0.0)
+
+    def compiles_after_ready(self) -> int:
+        return 0
 
     def _pass(self, point: str, check: Callable[[], None] = lambda: None) -> None:
         begin = time.monotonic()
@@ -102,3 +104,13 @@ class EngineDouble:
                 assert time.monotonic() - begin < _PATIENCE, f"{point} was never released"
         if failure := self.failures.pop(point, None):
             raise failure
+
+
+def _negatives(batch: Batch, question: Question) -> dict[str, np.ndarray]:
+    values = -batch.tokens.reshape(-1)[question.after]
+    return {
+        name: np.multiply.outer(values, np.ones(max(question.profile.size, 1))).astype(tensor.dtype)
+        if name.startswith(("top_k", "candidates"))
+        else values.astype(tensor.dtype)
+        for name, tensor in question.profile.tensors(question.profile.outputs).items()
+    }

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from moorage_models.sources import ModelSource, Policy
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Engine
-from moorage_server.main import make_server
+from moorage_server.serving import make_server
 
 
 @dataclass
@@ -35,14 +35,14 @@ class ServerThread:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(lambda _, context: self.problems.append(context))
         cache = ModelCache(self.engine, policy)
-        server, healthy = make_server(cache, self.engine, policy)
-        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
-        await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        server = make_server(cache, self.engine, policy)
+        self.address = f"127.0.0.1:{server.grpc.add_insecure_port('127.0.0.1:0')}"
+        await server.grpc.start()
+        await server.healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         self._started.set()
         await self._stop.wait()
         cache.stop()
-        await server.stop(0)
+        await server.grpc.stop(0)
 
     def wait_until_started(self) -> None:
         assert self._started.wait(30)

@@ -1,4 +1,4 @@
-"""The same row, the same bits.
+"""The same row, the same bits: whatever its neighbours, their order, the batch and the devices.
 
 Through the engine, whose programs are compiled with the options that the promise needs. A bucket's
 rows are counted for each data-parallel device, so another number of devices means the same shape on
@@ -8,26 +8,48 @@ compiler takes other kernels by size.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import real_models
-from checkpoints import GOLDEN, VARIANTS, mesh_of, open_folder
+from checkpoints import GOLDEN, VARIANTS, golden_config, mesh_of, open_folder
+from moorage_models.checkpoint import Checkpoint
+from moorage_models.config import ModelConfig
 from moorage_models.monitor import LoadMonitor
 from moorage_server.engine import Bucket
 from moorage_server.engine.local import LocalEngine
-from moorage_server.engine.outputs import served
-from moorage_server.scoring import make_rows, score
+from moorage_server.engine.outputs import PROFILES, Profile, served
+from moorage_server.requests import Wanted
+from moorage_server.rows import Rows, make_rows
+from moorage_server.scoring import Piece, Work, bucket_for, length_for, make_work, run_batch, score
 
 SIZES = (1, 2, 4, 8)
+FIRST = (Profile(("logprobs",)), Profile(("score",)))
 QUICK = [("qwen3_moe", "float32", (1, 4)), ("gemma3_text_mqa", "bfloat16", (1, 4))]
 SLOW = [
     pytest.param(name, dtype, SIZES, marks=pytest.mark.soak)
     for name in VARIANTS
     for dtype in ("float32", "bfloat16")
 ]
+WIDTH = 512
+
+
+def serve(
+    checkpoint: Checkpoint,
+    fsdp: int,
+    buckets: list[Bucket],
+    profiles: Sequence[Profile] = FIRST,
+    tp: int = 1,
+) -> LocalEngine:
+    engine = LocalEngine(mesh_of(fsdp, tp), buckets, profiles=profiles)
+    engine.load("model", checkpoint, LoadMonitor())
+    return engine
 
 
 def rows_of(vocabulary: int, lengths: tuple[int, ...]) -> list[list[int]]:
@@ -38,15 +60,17 @@ def rows_of(vocabulary: int, lengths: tuple[int, ...]) -> list[list[int]]:
 def scores(
     engine: LocalEngine, config: Any, rows: list[list[int]], buckets: list[Bucket]
 ) -> list[np.ndarray]:
-    """The bits of the first output of every row, in the order of `rows`."""
-    output = served(config)[0]
+    """The bits of the first output at every token of every row, in the order of `rows`."""
+    profiles = served(config, FIRST)
+    ((output,),) = [profile.outputs for profile in profiles]
     lengths = [len(row) for row in rows]
     packed = make_rows(np.concatenate(rows).tolist(), lengths, [])
-
-    def run(batch: Any, outputs: Any) -> Any:
-        return engine.forward("model", batch, outputs)
-
-    found = score(packed, config, [output], buckets, run)[output]
+    wanted = Wanted((output,), positions=np.arange(sum(lengths), dtype=np.int32))
+    work = make_work(packed, wanted, config, buckets, profiles)
+    devices = engine.info().mesh["fsdp"]
+    score(work, buckets, devices, lambda *asked: engine.forward("model", *asked))
+    found = work.tensors[output]
+    assert len(found) == sum(lengths)
     return np.split(found.view(np.int32), np.cumsum(lengths)[:-1])
 
 
@@ -64,8 +88,7 @@ def test_whatever_the_neighbours_and_the_devices(
     wanted: list[np.ndarray] | None = None
     for size in sizes:
         buckets = [Bucket(128, 4 * size)]
-        engine = LocalEngine(mesh_of(size, 1), buckets)
-        engine.load("model", checkpoint, LoadMonitor())
+        engine = serve(checkpoint, size, buckets)
         together = scores(engine, checkpoint.config, rows, buckets)
         wanted = wanted or together
         assert same(together, wanted), size
@@ -83,9 +106,138 @@ def test_whatever_the_bucket_of_a_real_model(dtype: str) -> None:
     wanted: list[np.ndarray] | None = None
     for size in (1, 2):
         buckets = [Bucket(128, size), Bucket(128, 4 * size), Bucket(512, 2 * size)]
-        engine = LocalEngine(mesh_of(size, 1), buckets)
-        engine.load("model", checkpoint, LoadMonitor())
+        engine = serve(checkpoint, size, buckets)
         for bucket in buckets:
             found = scores(engine, checkpoint.config, rows, [bucket])
             wanted = wanted or found
             assert same(found, wanted), (size, bucket)
+
+
+# Every output, with companions from other requests.
+
+
+def make_wide(folder: Path) -> Path:
+    """Two random layers of a real width, as a checkpoint."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 1536, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    config = golden_config("llama3") | sizes | {"vocab_size": 3000, "tie_word_embeddings": False}
+    shapes = {
+        "input_layernorm": (WIDTH,),
+        "post_attention_layernorm": (WIDTH,),
+        "self_attn.q_proj": (512, WIDTH),
+        "self_attn.k_proj": (256, WIDTH),
+        "self_attn.v_proj": (256, WIDTH),
+        "self_attn.o_proj": (WIDTH, 512),
+        "mlp.gate_proj": (1536, WIDTH),
+        "mlp.up_proj": (1536, WIDTH),
+        "mlp.down_proj": (WIDTH, 1536),
+    }
+    layers = {f"model.layers.{i}.{name}": shape for i in (0, 1) for name, shape in shapes.items()}
+    tables = {"model.embed_tokens": (3000, WIDTH), "lm_head": (3000, WIDTH), "model.norm": (WIDTH,)}
+    rng = np.random.default_rng(11)
+    tensors = {
+        f"{name}.weight": (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
+        if len(shape) > 1
+        else np.ones(shape, np.float32)
+        for name, shape in {**layers, **tables}.items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return folder
+
+
+def some_request(
+    config: ModelConfig, longest: int, rng: np.random.Generator
+) -> tuple[Rows, Wanted]:
+    """Rows, segments and outputs by chance."""
+    lengths = rng.integers(1, longest + 1, rng.integers(1, 4)).tolist()
+    cuts = [int(rng.integers(1, length + 1)) for length in lengths]
+    segments = [1 + int(at >= cut) for n, cut in zip(lengths, cuts, strict=True) for at in range(n)]
+    tokens = rng.integers(0, config.vocab_size, sum(lengths)).tolist()
+    ids = rng.integers(0, config.vocab_size, int(rng.integers(1, 65)), np.int32)
+    some = np.flatnonzero(rng.random(sum(lengths)) < 0.1).astype(np.int32)
+    temperature = float(rng.choice([0.5, 1.0, 1.7]))
+    kinds = [
+        Wanted(("logprobs", "entropy"), temperature=temperature),
+        Wanted(("top_k", "entropy"), top_k=int(rng.integers(1, 129)), temperature=temperature),
+        Wanted(("candidates",), candidates=ids, candidate_count=len(ids)),
+        Wanted(("hidden",), layer=int(rng.integers(0, config.num_layers + 1)), positions=some),
+        Wanted(("hidden", "logprobs"), from_positions=(int(rng.integers(0, 20)),)),
+        Wanted(("logits",), positions=some, temperature=temperature, scales_logits=True),
+    ]
+    return make_rows(tokens, lengths, segments), kinds[rng.integers(len(kinds))]
+
+
+def merged(
+    works: list[Work], engine: LocalEngine, buckets: list[Bucket], rng: np.random.Generator
+) -> None:
+    """Runs the rows of all requests in any order and company, in any bucket that holds them."""
+    devices = engine.info().mesh["fsdp"]
+    pieces = [Piece(work, row) for work in works for row in work.runnable()]
+    pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+    for layer in {piece.work.wanted.layer for piece in pieces}:
+        own = [piece for piece in pieces if piece.work.wanted.layer == layer]
+        while own:
+            count = min(len(own), int(rng.integers(1, 1 + max(b.rows for b in buckets))))
+            longest = length_for(max(piece.length for piece in own[:count]), buckets)
+            bucket = bucket_for(count, longest, buckets)
+            now, own = own[: min(count, bucket.rows)], own[min(count, bucket.rows) :]
+            run_batch(now, bucket, devices, lambda *asked: engine.forward("model", *asked))
+
+
+def check_requests(
+    checkpoint: Checkpoint,
+    count: int,
+    profiles: Sequence[Profile],
+    meshes: Sequence[tuple[int, int]],
+    per_device: Sequence[Bucket],
+) -> None:
+    """Each request by itself on the first mesh, against all of them mixed on every one."""
+    rng = np.random.default_rng(5)
+    config = checkpoint.config
+    asked = [some_request(config, per_device[-1].length, rng) for _ in range(count)]
+    expected: list[dict[str, np.ndarray]] = []
+    for fsdp, tp in meshes:
+        buckets = [Bucket(b.length, b.rows * fsdp) for b in per_device]
+        engine = serve(checkpoint, fsdp, buckets, profiles, tp)
+
+        def works() -> list[Work]:
+            return [make_work(*one, config, per_device, profiles) for one in asked]
+
+        if not expected:
+            for work in works():
+                score(work, buckets, fsdp, lambda *asked: engine.forward("model", *asked))  # noqa: B023
+                expected.append(work.tensors)
+        mixed = works()
+        merged(mixed, engine, buckets, rng)
+        for wanted, found in zip(expected, (work.tensors for work in mixed), strict=True):
+            for name, values in wanted.items():
+                assert values.tobytes() == found[name].tobytes(), (fsdp, tp, name)
+
+
+def test_whatever_the_companions(tmp_path: Path) -> None:
+    checkpoint = open_folder(make_wide(tmp_path / "wide"), "float32", "float32")
+    profiles = (
+        Profile(("logprobs", "entropy", "top_k"), 128),
+        Profile(
+            ("logprobs", "entropy"),
+        ),
+        Profile(("logprobs", "entropy", "candidates"), 64),
+        Profile(("logprobs",)),
+        Profile(("logits",)),
+        Profile(("hidden",)),
+    )
+    check_requests(checkpoint, 12, profiles, [(1, 1)], [Bucket(32, 1), Bucket(32, 4)])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_five_hundred_requests(tmp_path: Path, tp: int, dtype: str) -> None:
+    checkpoint = open_folder(make_wide(tmp_path / "wide"), dtype, dtype)
+    profiles = [profile for profile in PROFILES if profile in served(checkpoint.config)]
+    meshes = [(size, tp) for size in SIZES if size * tp <= 8]
+    buckets = [Bucket(64, 1), Bucket(64, 4), Bucket(128, 2)]
+    check_requests(checkpoint, 500, profiles, meshes, buckets)

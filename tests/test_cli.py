@@ -10,11 +10,12 @@ import types
 from datetime import UTC, datetime, timedelta
 
 import grpc
+import numpy as np
 import pytest
 
 from moorage import cli, commands, render
 from moorage.v1 import moorage_pb2 as pb
-from test_client import CONFIG, MODEL, fail, forward, load_model, serving
+from test_client import CONFIG, MODEL, fail, forward, load_model, parts, serving
 
 MODELS = pb.ListModelsResponse(models=[MODEL])
 
@@ -190,12 +191,12 @@ def test_forward(run, name):
         code, out, err = run("forward", name, "--ids", IDS, "--server", fake.address)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "ROW  POSITION    ID  LOGPROB",
-        "  0         0     2      nan",
-        "  0         1   651  -1.5000",
-        "  0         2  5277  -0.2500",
-        "  1         0     2      nan",
-        "  1         1  1841  -3.0000",
+        "ROW  POSITION    ID  LOGPROBS",
+        "  0         0     2       nan",
+        "  0         1   651   -1.5000",
+        "  0         2  5277   -0.2500",
+        "  1         0     2       nan",
+        "  1         1  1841   -3.0000",
     ]
 
 
@@ -206,9 +207,57 @@ def test_forward_reads_ids_from_stdin_and_prints_json(run, monkeypatch):
     found = json.loads(out)
     assert found["rows"] == [[2, 651, 5277], [2, 1841]]
     assert found["tokens"] is None
-    assert found["scores"]["logprobs"] == [[None, -1.5, -0.25], [None, -3.0]]
-    assert found["scores"]["logits"] is None
-    assert found["scores"]["execute_seconds"] == 1.75
+    assert found["scores"]["tensors"] == {"logprobs": [[None, -1.5, -0.25], [None, -3.0]]}
+    assert found["scores"]["times"]["execute"] == 1.75
+    assert found["scores"]["semantics"]["first_token"] == "nan"
+
+
+TOP_K = """\
+ROW  POSITION    ID  LOGPROBS  TOP_K_IDS  TOP_K_LOGPROBS
+  0         1   651   -1.5000  7 651      -0.5000 -1.5000
+  0         2  5277   -0.2500  5277 9     -0.2500 -4.0000
+  1         1  1841   -3.0000  2 3        -1.0000 -2.0000
+
+ROW   SCORE
+  0  0.2500
+  1  0.5000
+  1  0.7500
+
+logits: float32 [2, 33], [1, 33]; --json prints it
+"""
+
+
+def test_forward_of_other_outputs(run):
+    answer = parts(
+        lengths=(2, 1),
+        logprobs=np.array([-1.5, -0.25, -3.0], np.float32),
+        top_k_ids=np.array([[7, 651], [5277, 9], [2, 3]], np.int32),
+        top_k_logprobs=-np.array([[0.5, 1.5], [0.25, 4.0], [1.0, 2.0]], np.float32),
+        score=np.array([0.25, 0.5, 0.75], np.float32),
+        logits=np.zeros((3, 33), np.float32),
+    )
+    answer[0].header.tensors[3].row_lengths[:] = [1, 2]
+    with serving(ListModels=lambda *_: MODELS, Forward=lambda *_: iter(answer)) as fake:
+        code, out, err = run(
+            "forward", "a1b2", "--ids", IDS, "--outputs", "logprobs, score,logits",
+            "--top-k", "2", "--temperature", "0.5", "--from-position", "1",
+            "--server", fake.address,
+        )  # fmt: skip
+    request = fake.requests[1]
+    assert list(request.outputs.names) == ["logprobs", "score", "logits", "top_k"]
+    assert (request.outputs.top_k, request.semantics.temperature) == (2, 0.5)
+    assert list(request.from_positions) == [1, 1]
+    assert (code, err) == (0, "")
+    assert out == TOP_K
+
+
+def test_forward_of_what_has_no_positions(run):
+    answer = parts(score=np.array([[1, 2], [3, 4]], np.float32), lengths=(1, 1))
+    with serving(ListModels=lambda *_: MODELS, Forward=lambda *_: iter(answer)) as fake:
+        _, out, _ = run(
+            "forward", "a1b2", "--ids", IDS, "--outputs", "score", "--server", fake.address
+        )
+    assert out.splitlines() == ["ROW  SCORE", "  0  1.0000 2.0000", "  1  3.0000 4.0000"]
 
 
 @pytest.mark.parametrize("suffix", ["", "tokenizer.json"])
@@ -226,10 +275,10 @@ def test_forward_of_text(run, tmp_path, suffix):
     assert code == 0
     assert list(fake.requests[1].token_ids) == [5, 6, 7, 6, 5]
     assert out.splitlines()[:4] == [
-        "ROW  POSITION  TOKEN  ID  LOGPROB",
-        '  0         0  "a"     5      nan',
-        '  0         1  "b"     6  -1.5000',
-        '  0         2  "\\n"    7  -0.2500',
+        "ROW  POSITION  TOKEN  ID  LOGPROBS",
+        '  0         0  "a"     5       nan',
+        '  0         1  "b"     6   -1.5000',
+        '  0         2  "\\n"    7   -0.2500',
     ]
 
 
@@ -298,7 +347,17 @@ def test_status(run):
         devices=[pb.Device(id=0, kind="cpu", model_bytes=1536)],
         mesh=[pb.MeshAxis(name="fsdp", size=1), pb.MeshAxis(name="tp", size=8)],
         buckets=[pb.Bucket(rows=4, length=512)],
-        limits=pb.Limits(max_message_bytes=4 << 20, max_sequence_length=512),
+        limits=pb.Limits(
+            max_message_bytes=4 << 20,
+            max_sequence_length=512,
+            max_queued_tokens=65_536,
+            answer_retention={"seconds": 90},
+            max_retained_bytes=1 << 30,
+        ),
+        profiles=[
+            pb.OutputProfile(outputs=["logits"]),
+            pb.OutputProfile(outputs=["logprobs", "top_k"], size=32),
+        ],
         memory=pb.Memory(
             budget_bytes=8 << 30,
             reserved_bytes=5 << 20,
@@ -311,7 +370,10 @@ def test_status(run):
         _, document, _ = run("status", "--json", "--server", fake.address)
     assert code == 0
     assert "mesh              fsdp=1, tp=8\n" in out
+    assert "programs          logits, logprobs+top_k of 32\n" in out
     assert "largest request   4.0 MiB\n" in out
+    assert "may wait          65.5k tokens\n" in out
+    assert "answers are kept  for 1 min 30 s, 1.0 GiB at most\n" in out
     assert "models may take   8.0 GiB of each device\n" in out
     assert "reserved          5.0 MiB of each device\n" in out
     assert "host memory kept  3.0 KiB\n" in out

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 import moorage
-from moorage import errors, requests, scores, transport
+from moorage import errors, requests, transport
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 
@@ -64,7 +64,7 @@ class Fake:
 @contextmanager
 def serving(port: int = 0, **script: Callable[..., Any]) -> Iterator[Fake]:
     """Serves one function of (request, context) for each method."""
-    server = grpc.server(ThreadPoolExecutor(2))
+    server = grpc.server(ThreadPoolExecutor(8))
     fake = Fake("", server)
 
     def play(answer):
@@ -114,7 +114,12 @@ def load_model(request, context):
     yield pb.LoadModelResponse(model=MODEL)
 
 
-def parts(handle: str = "a1b2", chunk: int = 8, **tensors: np.ndarray) -> list[pb.ForwardResponse]:
+def parts(
+    handle: str = "a1b2",
+    chunk: int = 8,
+    lengths: Sequence[int] = (3, 2),
+    **tensors: np.ndarray,
+) -> list[pb.ForwardResponse]:
     """The messages of a right answer, in chunks of a few bytes."""
     header = pb.ForwardHeader(
         handle=handle,
@@ -122,13 +127,29 @@ def parts(handle: str = "a1b2", chunk: int = 8, **tensors: np.ndarray) -> list[p
         revision="c5ebcd4",
         dtype="bfloat16",
         compute_dtype="float32",
-        semantics=pb.Semantics(temperature=1.0, head_dtype="float32", first_token="nan"),
+        semantics=pb.Semantics(
+            temperature=1.0,
+            head_dtype="float32",
+            first_token=pb.FIRST_TOKEN_NAN,
+            logit_scale=pb.LOGIT_SCALE_RAW,
+            segments=pb.SEGMENT_MODE_ISOLATED,
+        ),
+        weights_digest="hub:77",
+        weights_version=1,
+        mesh=[pb.MeshAxis(name="fsdp", size=2), pb.MeshAxis(name="tp", size=4)],
+        buckets=[pb.Bucket(rows=2, length=128)],
+        request_id="r1",
+        server_version="0.1.0",
     )
     header.queue_time.FromMilliseconds(250)
+    header.pad_time.FromMilliseconds(500)
     header.execute_time.FromMilliseconds(1750)
+    header.transfer_time.FromMilliseconds(125)
     answer = [pb.ForwardResponse(header=header)]
     for index, (name, values) in enumerate(tensors.items()):
-        answer[0].header.tensors.add(name=name, dtype="float32", shape=values.shape)
+        answer[0].header.tensors.add(
+            name=name, dtype=values.dtype.name, shape=values.shape, row_lengths=lengths
+        )
         data = values.tobytes()
         for offset in range(0, len(data), chunk):
             piece = data[offset : offset + chunk]
@@ -276,7 +297,14 @@ def test_info(ask):
         devices=[pb.Device(id=0, kind="cpu", model_bytes=5)],
         mesh=[pb.MeshAxis(name="fsdp", size=1), pb.MeshAxis(name="tp", size=8)],
         buckets=[pb.Bucket(rows=4, length=512)],
-        limits=pb.Limits(max_message_bytes=1, max_sequence_length=2, max_output_bytes=3),
+        limits=pb.Limits(
+            max_message_bytes=1,
+            max_sequence_length=2,
+            max_output_bytes=3,
+            max_queued_tokens=4,
+            answer_retention={"seconds": 60},
+            max_retained_bytes=5,
+        ),
         sources=[pb.MODEL_SOURCE_GCS],
         outputs=["logprobs"],
         memory=pb.Memory(
@@ -285,6 +313,8 @@ def test_info(ask):
             live_bytes=[pb.DeviceBytes(device_id=0, bytes=55)],
             host_pool_bytes=7,
         ),
+        profiles=[pb.OutputProfile(outputs=["logprobs", "top_k"], size=32)],
+        compiles_after_ready=6,
     )
     with serving(GetServerInfo=lambda *_: response) as fake:
         info = ask(fake.address, "info")
@@ -292,6 +322,10 @@ def test_info(ask):
     assert list(info.mesh.items()) == [("fsdp", 1), ("tp", 8)]
     assert info.buckets == ((4, 512),)
     assert (info.max_message_bytes, info.max_sequence_length, info.max_output_bytes) == (1, 2, 3)
+    assert (info.max_queued_tokens, info.max_retained_bytes) == (4, 5)
+    assert info.answer_retention_seconds == 60
+    assert info.profiles == (moorage.OutputProfile(("logprobs", "top_k"), 32),)
+    assert info.compiles_after_ready == 6
     assert info.memory == moorage.Memory(100, 60, {0: 55}, 7)
     assert (info.sources, info.outputs, info.start_time) == (("gcs",), ("logprobs",), None)
 
@@ -373,7 +407,7 @@ def test_load_outlives_a_restart_of_the_server(ask, quick):
     assert model.handle == "a1b2"
 
 
-def test_load_gives_up_after_five_resumptions(ask, quick):
+def test_load_gives_up_after_five_breaks_with_answers_between(ask, quick):
     def breaking(request, context):
         yield progress(50, 200)
         context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
@@ -410,31 +444,43 @@ def test_load_that_ends_without_a_model_is_an_error(ask):
 def test_forward(ask):
     with serving(Forward=forward) as fake:
         found = ask(fake.address, "forward", "a1b2", ROWS)
-    assert fake.requests == [
-        pb.ForwardRequest(
-            handle="a1b2",
-            token_ids=[2, 651, 5277, 2, 1841],
-            row_lengths=[3, 2],
-            outputs=pb.OutputSpec(logprobs=True),
-        )
-    ]
+    (request,) = fake.requests
+    assert re.fullmatch("[0-9a-f]{32}", request.request_id)
+    request.ClearField("request_id")
+    assert request == pb.ForwardRequest(
+        handle="a1b2",
+        token_ids=[2, 651, 5277, 2, 1841],
+        row_lengths=[3, 2],
+        outputs=pb.OutputSpec(names=["logprobs"]),
+        semantics=pb.Semantics(temperature=1.0, first_token=1, logit_scale=1),
+    )
     first, second = found.logprobs
     assert first.dtype == second.dtype == np.float32
     np.testing.assert_array_equal(first, [NAN, -1.5, -0.25])
     np.testing.assert_array_equal(second, [NAN, -3.0])
+    assert list(found.tensors) == ["logprobs"]
     assert found.logits is None
-    assert (found.handle, found.model_id, found.revision) == (
-        "a1b2",
-        "google/gemma-2-2b",
-        "c5ebcd4",
-    )
-    assert (found.dtype, found.compute_dtype, found.head_dtype) == (
-        "bfloat16",
-        "float32",
-        "float32",
-    )
-    assert (found.temperature, found.first_token) == (1.0, "nan")
-    assert (found.queue_seconds, found.execute_seconds) == (0.25, 1.75)
+
+
+def test_scores_say_where_they_come_from(ask):
+    with serving(Forward=forward) as fake:
+        found = ask(fake.address, "forward", "a1b2", ROWS)
+    facts = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "tensors"}
+    assert facts == {
+        "handle": "a1b2",
+        "model_id": "google/gemma-2-2b",
+        "revision": "c5ebcd4",
+        "dtype": "bfloat16",
+        "compute_dtype": "float32",
+        "weights_digest": "hub:77",
+        "weights_version": 1,
+        "mesh": {"fsdp": 2, "tp": 4},
+        "buckets": ((2, 128),),
+        "server_version": "0.1.0",
+        "request_id": "r1",
+        "semantics": moorage.Semantics(1.0, "float32", "nan", "raw", "isolated"),
+        "times": moorage.Times(queue=0.25, pad=0.5, execute=1.75, transfer=0.125),
+    }
 
 
 def test_forward_through_the_model():
@@ -444,37 +490,66 @@ def test_forward_through_the_model():
     async def run(address):
         async with moorage.aio.connect(address) as client:
             model = await client.load("google/gemma-2-2b")
-            return await model.forward(ROWS, ["logprobs", "logits"])
+            task = asyncio.create_task(model.forward(ROWS, ["logprobs", "logits"]))
+            return await task
 
     with serving(LoadModel=load_model, Forward=lambda *_: iter(answer)) as fake:
         with moorage.connect(fake.address) as client:
-            blocking = client.load("google/gemma-2-2b").forward(ROWS, ["logprobs", "logits"])
+            model = client.load("google/gemma-2-2b")
+            blocking = model.forward(ROWS, ["logprobs", "logits"])
+            future = model.forward_async(ROWS, ["logprobs", "logits"])
+            later = future.result(10)
         awaited = asyncio.run(run(fake.address))
-    for found in (blocking, awaited):
+    for found in (blocking, later, awaited):
         assert [row.shape for row in found.logits] == [(3, 4), (2, 4)]
         np.testing.assert_array_equal(found.logits[1], [[12, 13, 14, 15], [16, 17, 18, 19]])
         np.testing.assert_array_equal(found.logprobs[0], [NAN, -1.5, -0.25])
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [[1, 2], [3, 4]],
-        ((1, 2), (3, 4)),
-        np.array([[1, 2], [3, 4]], np.uint16),
-        [np.array([1, 2]), np.array([3, 4], np.int32)],
-        np.array([[1, 2, 0], [3, 4, 0]])[:, :2],
-        (row for row in ([1, 2], [3, 4])),
-    ],
-)
-def test_rows_are_packed(rows):
-    assert requests.pack(rows, "rows") == ([1, 2, 3, 4], [2, 2])
+def test_every_output_has_its_name(ask):
+    tensors = {
+        "logprobs": LOGPROBS,
+        "entropy": np.arange(5, dtype=np.float32),
+        "top_k_ids": np.arange(10, dtype=np.int32).reshape(5, 2),
+        "top_k_logprobs": -np.arange(10, dtype=np.float32).reshape(5, 2),
+        "candidates": np.ones((5, 3), np.float32),
+        "logits": np.zeros((5, 7), np.float32),
+        "hidden": np.full((5, 4), 2, np.float32),
+        "made_later": np.full(5, 3, np.int32),
+    }
+    with serving(Forward=lambda *_: iter(parts(**tensors))) as fake:
+        found = ask(
+            fake.address,
+            "forward",
+            "a1b2",
+            ROWS,
+            ("logprobs", "entropy", "logits", "hidden", "made_later"),
+            top_k=2,
+            candidates=[4, 5, 6],
+        )
+    assert fake.requests[0].outputs.names[-2:] == ["top_k", "candidates"]
+    for name, values in tensors.items():
+        arrays = found.tensors[name]
+        assert getattr(found, name, arrays) is arrays
+        assert [len(array) for array in arrays] == [3, 2]
+        np.testing.assert_array_equal(np.concatenate(arrays), values)
+        assert arrays[0].dtype == values.dtype
+    assert found.score is None
 
 
-def test_segment_ids_are_packed_like_rows():
-    request = requests.forward("a1b2", ROWS, "logits", [[1, 1, 2], [1, 1]])
-    assert list(request.segment_ids) == [1, 1, 2, 1, 1]
-    assert request.outputs == pb.OutputSpec(logits=True)
+def test_an_output_of_other_positions_is_cut_into_its_own_rows(ask):
+    answer = parts(logprobs=LOGPROBS[1:3], lengths=(2, 0))
+    answer[0].header.tensors[0].row_lengths[:] = [2, 0]
+    with serving(Forward=lambda *_: iter(answer)) as fake:
+        found = ask(fake.address, "forward", "a1b2", ROWS, from_position=[1, 2])
+    np.testing.assert_array_equal(found.logprobs[0], [-1.5, -0.25])
+    assert found.logprobs[1].shape == (0,)
+
+
+def test_arrays_are_views_of_one_buffer(ask):
+    with serving(Forward=forward) as fake:
+        first, second = ask(fake.address, "forward", "a1b2", ROWS).logprobs
+    assert first.base is second.base is not None
 
 
 WRONG_ROWS = [
@@ -510,7 +585,6 @@ def test_wrong_rows_are_refused_before_they_are_sent(ask, rows):
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("forward", ("a1b2", ROWS, ["entropy"]), "known are logprobs, logits"),
         ("forward", ("a1b2", ROWS, ["logprobs"], [[1, 1], [1, 1, 1]]), "one id for each token"),
         ("load", ("gemma2_2b", "s3"), "huggingface, kaggle, gcs, internal, maxtext"),
         ("load", (5,), "strings"),
@@ -521,17 +595,24 @@ def test_other_wrong_values_are_refused(ask, method, arguments, message):
         ask("127.0.0.1:1", method, *arguments)
 
 
-def test_every_output_of_the_wire_is_known():
-    assert set(pb.OutputSpec.DESCRIPTOR.fields_by_name) == set(scores.OUTPUTS)
+PROGRESS = pb.ForwardResponse(progress=pb.ForwardProgress(rows=2))
 
 
 def _flip(answer):
-    data = answer[2].chunk.data
-    answer[2].chunk.data = bytes([data[0] ^ 1]) + data[1:]
+    data = answer[1].chunk.data
+    answer[1].chunk.data = bytes([data[0] ^ 1]) + data[1:]
 
 
 def _reshape(answer):
     answer[0].header.tensors[0].shape[:] = [4]
+
+
+def _negate(answer):
+    tensor = answer[0].header.tensors[0]
+    tensor.row_lengths[:], tensor.shape[:] = [-1, 2], [1]
+    del answer[2:]
+    answer[1].chunk.data = answer[1].chunk.data[:4]
+    answer[1].chunk.crc32c = google_crc32c.value(answer[1].chunk.data)
 
 
 def _empty(answer):
@@ -555,7 +636,15 @@ DAMAGES = {
     "a chunk of no tensor": lambda answer: setattr(answer[1].chunk, "tensor", 1),
     "another model": lambda answer: setattr(answer[0].header, "handle", "zz"),
     "another output": lambda answer: setattr(answer[0].header.tensors[0], "name", "logits"),
-    "another dtype": lambda answer: setattr(answer[0].header.tensors[0], "dtype", "float16"),
+    "other rows": lambda answer: answer[0].header.tensors[0].row_lengths.reverse(),
+    "a row too many": lambda answer: answer[0].header.tensors[0].row_lengths.append(0),
+    "a negative row": _negate,
+    "a negative axis": lambda answer: answer[0].header.tensors[0].shape.append(-1),
+    "an axis too large": lambda answer: answer[0].header.tensors[0].shape.append(1 << 60),
+    "a name twice": lambda answer: answer[0].header.tensors.append(answer[0].header.tensors[0]),
+    "a chunk before its time": lambda answer: setattr(answer[1].chunk, "offset", -8),
+    "a chunk too long": lambda answer: setattr(answer[3].chunk, "data", b"12345"),
+    "progress after the header": lambda answer: answer.insert(1, PROGRESS),
     "another shape": _reshape,
     "no tensor": _empty,
 }
@@ -567,6 +656,23 @@ def test_damaged_answers_are_never_given(ask, damage):
     damage(answer)
     with serving(Forward=lambda *_: iter(answer)) as fake, pytest.raises(moorage.DataLoss):
         ask(fake.address, "forward", "a1b2", ROWS)
+    assert len(fake.requests) == (4 if damage is _flip else 1)
+
+
+def test_a_dtype_that_is_not_known_is_named(ask):
+    answer = parts(logprobs=LOGPROBS.astype(np.float16))
+    message = "logprobs is float16; this client reads float32, int32"
+    with (
+        serving(Forward=lambda *_: iter(answer)) as fake,
+        pytest.raises(moorage.Unsupported, match=message),
+    ):
+        ask(fake.address, "forward", "a1b2", ROWS)
+
+
+def test_progress_may_come_before_the_header(ask):
+    with serving(Forward=lambda *_: iter([PROGRESS, PROGRESS, *parts(logprobs=LOGPROBS)])) as fake:
+        found = ask(fake.address, "forward", "a1b2", ROWS)
+    np.testing.assert_array_equal(found.logprobs[1], [NAN, -3.0])
 
 
 # Errors.
@@ -646,16 +752,6 @@ def test_a_long_list_of_misfits_arrives_whole(ask):
     with serving(GetModel=failing) as fake, pytest.raises(moorage.FailedPrecondition) as caught:
         ask(fake.address, "model", "a1b2")
     assert caught.value.message == misfits
-
-
-def test_a_request_over_4_mib_says_to_split_the_batch(ask):
-    rows = np.full((300, 5000), 250_000)  # three bytes each
-    with (
-        serving(Forward=forward) as fake,
-        pytest.raises(moorage.MessageTooLarge, match="split the batch"),
-    ):
-        ask(fake.address, "forward", "a1b2", rows)
-    assert fake.requests == []
 
 
 def test_an_answer_over_4_mib_is_typed_too(ask):

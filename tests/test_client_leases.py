@@ -814,10 +814,6 @@ def watch_that_fails(play, first: list[pb.WatchModelsResponse], reason: str | No
     return len(fake.requests)
 
 
-def test_a_watch_gives_up_after_five_breaks_without_an_answer(play):
-    assert watch_that_fails(play, [snapshot("e", 5)], None) == 6
-
-
 def test_a_watch_that_never_was_answered_fails_at_once(play):
     assert watch_that_fails(play, [], None) == 1
 

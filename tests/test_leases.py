@@ -60,7 +60,7 @@ def test_leases_are_apart(table):
     assert min(len(x.id) for x in (ours, theirs, other)) == 32  # nobody guesses it
     assert table.release(ours.id) == ours
     assert table.of("h") == [theirs]
-    table.drop("h")
+    table.drop("h", unloaded=True)
     assert (table.of("h"), table.of("g")) == ([], [other])
 
 
@@ -77,7 +77,7 @@ def test_an_unknown_lease_says_what_to_do(table):
 
 def test_the_holder_of_a_lease_learns_that_its_model_was_unloaded(table):
     lease = table.take("h", "a", 9.0)
-    table.drop("h")
+    table.drop("h", unloaded=True)
     with pytest.raises(ServerError, match="was unloaded") as caught:
         table.renew(lease.id)
     assert (caught.value.reason, caught.value.details) == ("LEASE_UNKNOWN", {"ended": "unloaded"})

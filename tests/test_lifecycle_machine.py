@@ -7,14 +7,13 @@ loop turns as often as a rule says: a sequence that fails once fails again.
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
-import threading
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,158 +29,29 @@ from hypothesis.stateful import (
 )
 
 from cache_scenario import CONTEXT, wanted
-from engine_double import STAGES, EngineDouble
 from moorage.v1 import moorage_pb2 as pb
-from moorage_models.checkpoint import open_checkpoint
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
 from moorage_models.sources import Policy
 from moorage_server import cache as cache_module
-from moorage_server import convert, device_thread
-from moorage_server.cache import ModelCache, handle_of
-from moorage_server.engine import Need
+from moorage_server import convert, device_thread, loader
+from moorage_server.cache import ModelCache
+from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
+from moorage_server.journal import Journal
+from moorage_server.scheduler import Scheduler
 from moorage_server.service import ModelService, ScoringService
-
-CAPACITY = 1250
-NEEDS = {
-    "llama3": Need(600, 50),
-    "gemma2": Need(500, 20),
-    "qwen3_tied": Need(300, 100),
-    "qwen2p5_tied": Need(650, 10),
-    "llama3p2": Need(120, 0),
-    "qwen3_f32": Need(5000, 0),  # never fits
-}
-CHECKPOINTS = {name: open_checkpoint(wanted(name), Policy()) for name in NEEDS}
-HANDLES = {name: handle_of(CHECKPOINTS[name], EngineDouble().info().mesh) for name in NEEDS}
-NEED_OF = {HANDLES[name]: need for name, need in NEEDS.items()}
-POINTS = ("look", *STAGES, "loaded", "forward", "unload")
+from stepping import CAPACITY, HANDLES, NEED_OF, NEEDS, POINTS, Job, Pool, SteppedEngine, total
 
 FOLLOWING = {
     "": {"QUEUED"},
-    "QUEUED": {"LOADING", "FAILED", "CANCELLED"},
-    "LOADING": {"READY", "FAILED", "CANCELLED"},
-    "READY": {"READY", "DRAINING"},  # itself: its leases changed
+    "QUEUED": {"QUEUED", "LOADING", "FAILED", "CANCELLED"},  # itself: its leases changed
+    "LOADING": {"LOADING", "READY", "FAILED", "CANCELLED"},
+    "READY": {"READY", "DRAINING"},
     "DRAINING": {"DRAINING", "UNLOADED"},
 }
 OVER = {"UNLOADED", "FAILED", "CANCELLED"}
 HOLDING = {"LOADING", "READY", "DRAINING"}
-
-
-class Job(threading.Thread):
-    """A call in a pool; it stops at every point until it is told to go on."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self.future: Future[Any] = Future()
-        self._call = call
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-
-    def step(self) -> None:
-        """Lets it run to its next point, or its end."""
-        if self.ident is None:
-            if not self.future.set_running_or_notify_cancel():
-                return
-            self.start()
-        self._go.release()
-        assert self._back.acquire(timeout=30)
-
-    def pause(self) -> None:
-        self._back.release()
-        self._go.acquire()
-
-    def run(self) -> None:
-        self._go.acquire()
-        try:
-            self.future.set_result(self._call())
-        except Exception as error:
-            self.future.set_exception(error)
-        self._back.release()
-
-
-class Pool(ThreadPoolExecutor):
-    """Threads that the test runs, one step at a time."""
-
-    def __init__(self, workers: int, name: str) -> None:
-        super().__init__(workers, name)
-        self._workers, self._jobs = workers, list[Job]()
-
-    def submit(self, call, /, *args, **options):
-        self._jobs.append(Job(functools.partial(call, *args, **options)))
-        return self._jobs[-1].future
-
-    def running(self) -> list[Job]:
-        self._jobs = [job for job in self._jobs if not job.future.done()]
-        return self._jobs[: self._workers]
-
-
-class SteppedEngine(EngineDouble):
-    """Keeps account of what is truly in memory, from the first byte of a load to the last."""
-
-    def __init__(self, in_use: Callable[[str], int]) -> None:
-        super().__init__()
-        self._in_use = in_use
-        self.placed: set[str] = set()
-        self.wrong: list[AssertionError] = []
-
-    def info(self):
-        return replace(super().info(), device_bytes=CAPACITY)
-
-    def need(self, plan, compute_dtype):
-        return next(NEEDS[n] for n, c in CHECKPOINTS.items() if c.plan.config == plan.config)
-
-    def load(self, handle, checkpoint, monitor):
-        with self._noted():
-            assert handle not in self.placed, "two loads at once"
-        self.placed.add(handle)
-        try:
-            with self._noted():
-                assert total(self.placed) <= CAPACITY, "more than there is"
-                return super().load(handle, checkpoint, monitor)
-        except Exception:
-            self.placed.remove(handle)
-            raise
-
-    def forward(self, handle, batch, outputs):
-        with self._noted():
-            return super().forward(handle, batch, outputs)
-
-    def unload(self, handle):
-        try:
-            with self._noted():
-                assert not self._in_use(handle), "freed while somebody runs it"
-                return super().unload(handle)
-        finally:
-            self.placed.remove(handle)
-            self.loaded.discard(handle)
-
-    def look(self, request, policy, **_):
-        self._pass("look")
-        return CHECKPOINTS[request.model_id]
-
-    def _pass(self, point, check=lambda: None):
-        self.events.append(point)
-        job = threading.current_thread()
-        assert isinstance(job, Job)
-        job.pause()
-        check()
-        if failure := self.failures.pop(point, None):
-            raise failure
-
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
-        """A failed assertion would pass for a failed load."""
-        try:
-            yield
-        except AssertionError as error:
-            self.wrong.append(error)
-            raise
-
-
-def total(handles) -> int:
-    """Bytes that models take together: all weights, and the largest temporaries once."""
-    needs = [NEED_OF[handle] for handle in handles]
-    return sum(n.weights for n in needs) + max((n.temporaries for n in needs), default=0)
 
 
 @dataclass
@@ -218,32 +88,47 @@ PICK = st.integers(0, 7)
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """Callers around a cache whose threads and event loop the test runs."""
+    """Callers around a cache whose threads and event loop the test runs.
+
+    Attributes:
+        steps: How many rules were run in all.
+    """
+
+    steps = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = 0.0
-        self.problems: list[dict[str, Any]] = []
-        self.loop = asyncio.new_event_loop()
-        self.loop.time = lambda: self.clock  # type: ignore[method-assign]
-        self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
-        self.engine = SteppedEngine(self._in_use)
-        self.pools: list[Pool] = []
-        self.loop.set_default_executor(self._pool(8, "look"))
-        self.patch = mock.patch.object(cache_module, "open_checkpoint", self.engine.look)
-        self.patch.start()
-        with (
-            mock.patch.object(cache_module, "ThreadPoolExecutor", self._pool),
-            mock.patch.object(device_thread, "ThreadPoolExecutor", self._pool),
-        ):
-            self.cache = ModelCache(self.engine, Policy(), lambda: self.clock)
-        self.calls: list[Call] = []
+        self.folder = tempfile.TemporaryDirectory()
+        self.journal = Journal(Path(self.folder.name) / "0")
         self.leases: dict[str, Held] = {}
         self.given: list[str] = []
         self.injected: list[Exception] = []
+        self.patch = mock.patch.object(cache_module, "open_checkpoint", self._look)
+        self.patch.start()
+        self._start()
+
+    def _start(self) -> None:
+        """Starts a server: all that ends with its process."""
+        self.problems: list[dict[str, Any]] = []
+        problems = self.problems
+        self.loop = asyncio.new_event_loop()
+        self.loop.time = lambda: self.clock  # type: ignore[method-assign]
+        self.loop.set_exception_handler(lambda _, context: problems.append(context))
+        self.engine = SteppedEngine(self._in_use)
+        self.pools: list[Pool] = []
+        self.loop.set_default_executor(self._pool(8, "look"))
+        with (
+            mock.patch.object(loader, "ThreadPoolExecutor", self._pool),
+            mock.patch.object(device_thread, "ThreadPoolExecutor", self._pool),
+        ):
+            self.cache = ModelCache(self.engine, Policy(), lambda: self.clock, self.journal)
+        self.scheduler = Scheduler(self.engine, self.cache.device_thread)
+        self.calls: list[Call] = []
         self.unloads: Counter[str] = Counter()
         self.firm: set[str] = set()
         self.asked: set[str] = set()
+        self.awaited: set[str] = set()
         self.sequence = 0
         self.states = dict.fromkeys(NEED_OF, "")
         self.before: tuple[list[str], set[str]] = ([], set())
@@ -263,7 +148,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.turn(turns)
 
     async def _load(self, message: pb.LoadModelRequest) -> None:
-        async for answer in ModelService(self.cache).LoadModel(message, CONTEXT):
+        async for answer in ModelService(self.cache, Draining()).LoadModel(message, CONTEXT):
             if answer.HasField("model"):
                 handle, seconds = answer.model.handle, message.lease.duration.seconds
                 model = self.cache.get(handle)
@@ -278,15 +163,17 @@ class Lifecycle(RuleBasedStateMachine):
         self.turn(turns)
 
     async def _forward(self, handle: str) -> None:
-        model = self._model(handle)
-        ready = model is not None and model.state == "READY" and not model.unload
+        ready, awaited = self._is_ready(handle), handle in self.awaited
         message = pb.ForwardRequest(handle=handle, token_ids=[7, 8, 9], row_lengths=[3])
-        answers = ScoringService(self.cache, self.engine).Forward(message, CONTEXT)
+        service = ScoringService(self.cache, self.engine, self.scheduler, Draining())
+        answers = service.Forward(message, CONTEXT)
         found: object = None
         try:
             found = [part.WhichOneof("part") async for part in answers]
         except ServerError as error:
             found = error.reason
+        if awaited:  # then it has waited
+            ready = found != "MODEL_NOT_LOADED" or self._is_ready(handle)
         assert found == (["header", "chunk"] if ready else "MODEL_NOT_LOADED")
 
     @precondition(lambda self: self.calls)
@@ -314,7 +201,7 @@ class Lifecycle(RuleBasedStateMachine):
         message = pb.UnloadModelRequest(handle=handle, lease_id=own, force=force)
         reason = ""
         try:
-            await ModelService(self.cache).UnloadModel(message, CONTEXT)
+            await ModelService(self.cache, Draining()).UnloadModel(message, CONTEXT)
         except ServerError as error:
             reason = str(error.reason)
         assert reason == refused
@@ -342,7 +229,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     # What happens to them.
 
-    @rule(seconds=st.sampled_from([0.2, 5.0, 11.0, 100.0]), turns=TURNS)
+    @rule(seconds=st.sampled_from([0.25, 5.0, 11.0, 100.0]), turns=TURNS)
     def time_passes(self, seconds: float, turns: int) -> None:
         self.clock += seconds
         self.turn(turns)
@@ -352,6 +239,48 @@ class Lifecycle(RuleBasedStateMachine):
         told = ModelError(ModelReason.CHECKPOINT_CORRUPT, "damaged")
         self.injected.append(told if known else RuntimeError("a bug"))
         self.engine.failures[point] = self.injected[-1]
+
+    @precondition(lambda self: any(m.state in HOLDING for m in self.cache.models()))
+    @rule(
+        down=st.sampled_from([0.0, 5.0, 1000.0]),
+        fault=st.sampled_from([None, None, *POINTS]),
+        turns=TURNS,
+    )
+    def restart(self, down: float, fault: str | None, turns: int) -> None:
+        """Kills the server wherever it is; the next one goes on from the journal."""
+        entries, leases = self._kept()
+        generation = int(self.journal.path.name) + 1
+        journal = Journal(self.journal.path.with_name(str(generation)))
+        shutil.copy(self.journal.path, journal.path)  # the old one goes on writing while it ends
+        self._stop()
+        self.clock += down
+        self.journal = journal
+        self._start()
+        self.awaited, self.firm = set(entries), set(entries)
+        self.leases = {
+            lease.id: Held(lease.handle, lease.seconds, self.clock + lease.expires)
+            for lease in leases
+        }
+        if fault:
+            self.something_will_fail(fault, True)
+        self.loop.call_soon(self.cache.restore)
+        self.turn(max(turns, 1))
+
+    def _kept(self) -> tuple[list[str], list[Any]]:
+        """What the journal says, which must be what there is."""
+        entries, leases = self.journal.read(now=0.0)
+        handles, kept = [entry.handle for entry in entries], {lease.id: lease for lease in leases}
+        ready = {m.handle for m in self.cache.models() if m.state == "READY"}
+        assert len(handles) == len(set(handles))
+        assert ready | (self.awaited - self.engine.faulty) <= set(handles)
+        assert set(handles) <= ready | self.awaited | self.engine.faulty
+        for name, held in self.leases.items():
+            if held.expires > self.clock and held.handle in handles:  # else it is unloaded
+                left = kept[name].expires  # its clock may have stopped when this was written
+                assert held.expires - self.clock <= left <= held.seconds
+                assert kept[name].handle == held.handle
+        assert kept.keys() <= self.leases.keys()
+        return handles, leases
 
     @precondition(lambda self: self._jobs())
     @rule(pick=PICK, steps=st.integers(1, 6), turns=TURNS)
@@ -383,11 +312,16 @@ class Lifecycle(RuleBasedStateMachine):
         if turns:
             self.loop.run_until_complete(run())
             self._read_log()
+            self._forget_what_cannot_come()
             self._end_calls()
         if turns == 60:
             self._nobody_works_for_nobody()
 
     # What must hold.
+
+    @invariant()
+    def count(self) -> None:
+        Lifecycle.steps += 1
 
     @invariant()
     def memory_is_promised_to_those_who_hold_it(self) -> None:
@@ -407,6 +341,12 @@ class Lifecycle(RuleBasedStateMachine):
         for model in self.cache.models():
             leased = {lease.id for lease in self.cache.leases.of(model.handle)}
             assert leased == set(self._leases_of(model.handle))
+
+    @invariant()
+    def leases_are_on_what_is_there_or_comes_again(self) -> None:
+        there = {model.handle for model in self.cache.models()} | self.awaited
+        assert {lease.handle for lease in self.cache.leases.all()} <= there
+        assert self.cache.is_restoring or not self.awaited
 
     @invariant()
     def no_more_is_evicted_than_must(self) -> None:
@@ -435,6 +375,8 @@ class Lifecycle(RuleBasedStateMachine):
             self._load_all_anew()
         finally:
             self._stop()
+            self.patch.stop()
+            self.folder.cleanup()
 
     def _let_all_go(self) -> None:
         self.engine.failures.clear()
@@ -464,14 +406,15 @@ class Lifecycle(RuleBasedStateMachine):
         assert (self.engine.loaded, self.engine.wrong, self.problems) == (set(), [], [])
 
     def _stop(self) -> None:
-        """Ends what still runs, however the test has ended."""
-        self.patch.stop()
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
+        """Ends what still runs, wherever it is; what comes of that is nobody's concern."""
         for _ in range(200):
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
             for job in self._jobs():
                 job.step()
-        self.loop.run_until_complete(asyncio.sleep(0))
+            self.loop.run_until_complete(asyncio.sleep(0))
+            if not (asyncio.all_tasks(self.loop) or self._jobs()):
+                break
         self.loop.close()
 
     # How it is found out.
@@ -486,6 +429,13 @@ class Lifecycle(RuleBasedStateMachine):
 
     def _jobs(self) -> list[Job]:
         return [job for pool in self.pools for job in pool.running()]
+
+    def _look(self, *arguments: Any, **options: Any) -> Any:
+        return self.engine.look(*arguments, **options)
+
+    def _is_ready(self, handle: str) -> bool:
+        model = self._model(handle)
+        return model is not None and model.state == "READY" and not model.unload
 
     def _model(self, handle: str) -> Any:
         return next((m for m in self.cache.models() if m.handle == handle), None)
@@ -513,10 +463,23 @@ class Lifecycle(RuleBasedStateMachine):
         self.states[handle] = state
         if state == "DRAINING" and handle not in self.asked:
             assert (snapshot.leases, snapshot.model.in_use, snapshot.model.waiters) == ((), 0, 0)
+        if handle in self.awaited and state in (OVER | {"READY"}):
+            assert state == "READY" or handle in self.engine.faulty | self.asked, "not restored"
+            self.awaited.discard(handle)
         if state in OVER:
             self.asked.discard(handle)
             self.firm -= {handle} - {c.handle for c in self.calls if c.loads}
-            self.leases = {i: held for i, held in self.leases.items() if held.handle != handle}
+            self._lose_leases(handle)
+
+    def _lose_leases(self, handle: str) -> None:
+        self.leases = {i: held for i, held in self.leases.items() if held.handle != handle}
+
+    def _forget_what_cannot_come(self) -> None:
+        """A model whose source cannot be asked any more has no state that the log could tell."""
+        for handle in self.awaited - self.cache._restoration._waiting.keys():
+            assert handle in self.engine.faulty, "not restored"
+            self.awaited.discard(handle)
+            self._lose_leases(handle)
 
     def _end_calls(self) -> None:
         ended = [call for call in self.calls if call.task.done()]
@@ -573,3 +536,5 @@ def test_whatever_happens_in_whatever_order_for_long() -> None:
     )
     run_state_machine_as_test(Lifecycle, settings=long)
     gc.collect()
+    print(f"{Lifecycle.steps} steps")
+    assert Lifecycle.steps > 10_000

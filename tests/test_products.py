@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from moorage_models.attention import Visibility
 from moorage_models.config import ModelConfig
 from moorage_models.decoder import logits_of, trunk
 from moorage_models.parameters import parameter_shapes
+from moorage_server.engine.head import CHUNK, head
+from moorage_server.engine.outputs import Profile, served
 
 LENGTH = 1024  # unlike every size of the golden checkpoints
 FAMILIES = [
@@ -48,15 +51,34 @@ def jaxpr_of(
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
     hidden = jax.ShapeDtypeStruct((2, length, config.embed_dim), jnp.float32)
 
-    def run_trunk(params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
+    def run_trunk(params: Any, tokens: Any, positions: Any, segments: Any, depth: Any) -> Any:
         visible = Visibility(segments=segments)
-        return trunk(params, tokens, positions, visible, **settings, compute_dtype=dtype)
+        how = {"compute_dtype": dtype, "depth": depth}
+        return trunk(params, tokens, positions, visible, **settings, **how)
 
     def run_head(params: Any, hidden: Any) -> Any:
         return logits_of(params, hidden, **settings)
 
-    body = jax.make_jaxpr(run_trunk)(params, ids, ids, ids)
+    depth = jax.ShapeDtypeStruct((), jnp.int32)
+    body = jax.make_jaxpr(run_trunk)(params, ids, ids, ids, depth)
     return body.jaxpr, jax.make_jaxpr(run_head)(params, hidden).jaxpr
+
+
+def jaxpr_of_head(config: ModelConfig, profile: Profile) -> Jaxpr:
+    """A program of the head, as it is served: one chunk on each of two devices."""
+    shape = (2, CHUNK)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    run = partial(head, profile=profile, config=config, mesh=mesh_of(2, 2))
+    return jax.make_jaxpr(run)(
+        {
+            name: jax.ShapeDtypeStruct(shape, "bfloat16")
+            for name, shape in parameter_shapes(config).items()
+        },
+        jax.ShapeDtypeStruct((*shape, config.embed_dim), jnp.float32),
+        ids,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((*shape, profile.candidates), jnp.int32),
+    ).jaxpr
 
 
 def equations(jaxpr: Jaxpr, scope: str = "") -> Iterator[tuple[JaxprEqn, str]]:
@@ -111,6 +133,15 @@ def test_every_product_goes_through_contract(name: str, dtype: str) -> None:
     assert bypasses(*jaxprs) == []
     # q, k, v, o, scores, values and the head, then three of a dense layer or four of experts
     assert len(products(*jaxprs)) == (11 if config.num_experts else 10)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama3", "gemma2_reward"])
+def test_every_program_of_the_head_goes_through_contract(name: str) -> None:
+    config = config_of(name)
+    for profile in served(config):
+        jaxpr = jaxpr_of_head(config, profile)
+        assert bypasses(jaxpr) == [], profile
+        assert len(products(jaxpr)) == (profile.outputs != ("hidden",)), profile
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

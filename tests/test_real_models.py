@@ -15,7 +15,10 @@ from moorage_models.monitor import LoadMonitor
 from moorage_models.sources import ModelRequest, ModelSource
 from moorage_server.engine import Bucket
 from moorage_server.engine.local import LocalEngine
-from moorage_server.scoring import make_rows, score
+from moorage_server.engine.outputs import Profile
+from moorage_server.requests import Wanted
+from moorage_server.rows import make_rows
+from moorage_server.scoring import make_work, score
 
 REFERENCES = Path(__file__).parent / "data" / "real"
 SLOW = [
@@ -34,20 +37,17 @@ def test_log_probabilities_are_those_of_transformers(name: str, shape: tuple[int
     folder = real_models.make(name)
     request = ModelRequest(name, ModelSource.INTERNAL, str(folder), dtype="float32")
     checkpoint = open_checkpoint(request)
-    engine = LocalEngine(mesh, buckets)
+    profiles = (Profile(("logprobs",)),)
+    engine = LocalEngine(mesh, buckets, profiles=profiles)
     engine.load("model", checkpoint, LoadMonitor())
     with np.load(REFERENCES / f"{name}.npz") as reference:
         ids = [reference[f"ids/{i}"] for i in range(5)]
         wanted = [reference[f"logprobs/{i}"] for i in range(5)]
     lengths = [len(row) for row in ids]
     rows = make_rows(np.concatenate(ids).tolist(), lengths, [])
-    found = score(
-        rows,
-        checkpoint.config,
-        ["logprobs"],
-        buckets,
-        lambda batch, outputs: engine.forward("model", batch, outputs),
-    )["logprobs"]
+    work = make_work(rows, Wanted(("logprobs",)), checkpoint.config, buckets, profiles)
+    score(work, buckets, shape[0], lambda *asked: engine.forward("model", *asked))
+    found = work.tensors["logprobs"]
     errors = np.concatenate(
         [
             np.abs(row[1:] - expected)

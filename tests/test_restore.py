@@ -1,20 +1,26 @@
 """A server that was killed comes back with what it had: models, handles, leases, bits."""
 
+import asyncio
 import json
 import stat
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import moorage
-from cache_scenario import forward, load, reached, refusal, wanted
+from cache_scenario import forward, load, reached, refusal, settle, wanted
 from conftest import GOLDEN
 from engine_double import EngineDouble
+from moorage_models.checkpoint import open_checkpoint
 from moorage_models.sources import ModelRequest, ModelSource, Policy
+from moorage_server import cache as cache_module
 from moorage_server.cache import ModelCache
+from moorage_server.errors import ServerError
 from moorage_server.journal import Entry, Journal
 from moorage_server.leases import Lease
 from server_process import server_process
@@ -55,9 +61,14 @@ def test_a_journal_that_cannot_be_written_does_no_harm(journal, caplog):
 
 
 def run(body):
-    import asyncio
-
     return asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def lost(cache):
+    with pytest.raises(ServerError) as caught:
+        cache.renew(LEASE.id)
+    assert caught.value.reason == "LEASE_UNKNOWN"
+    return caught.value
 
 
 def handles(journal):
@@ -90,8 +101,6 @@ def test_a_forward_waits_for_a_model_that_is_being_restored(journal):
         cache = ModelCache(engine, Policy(), journal=journal)
         engine.hold("place")
         cache.restore()
-        import asyncio
-
         asked = asyncio.create_task(forward(cache, engine, model))
         await reached(engine, "place")
         assert not asked.done()
@@ -111,6 +120,68 @@ def test_a_model_that_cannot_be_restored_is_forgotten(journal):
         cache.restore()
         assert await refusal(cache.when_ready("gone")) == "MODEL_NOT_LOADED"
         assert handles(journal) == []
+        told = lost(cache)
+        assert "load the model again" in told.message
+        assert told.details == {}  # nobody unloaded it: its holder takes a new lease
+
+    run(body)
+
+
+def test_a_model_whose_files_have_changed_is_another_model(journal):
+    async def body():
+        journal.write([Entry("before", wanted())], [replace(LEASE, handle="before")], 0.0)
+        cache = ModelCache(EngineDouble(), Policy(), journal=journal)
+        cache.restore()
+        assert await refusal(cache.when_ready("before")) == "MODEL_NOT_LOADED"
+        assert not cache.is_restoring
+        (model,) = cache.models()
+        await model.load
+        assert handles(journal) == [model.handle] != ["before"]
+        assert lost(cache).details == {}
+
+    run(body)
+
+
+def test_a_server_that_is_stopped_while_it_restores_forgets_nothing(journal):
+    async def body():
+        before = ModelCache(EngineDouble(), Policy(), journal=journal)
+        model = await load(before)
+        engine = EngineDouble()
+        cache = ModelCache(engine, Policy(), journal=journal)
+        engine.hold("place")
+        cache.restore()
+        await reached(engine, "place")
+        cache.stop()
+        assert await refusal(cache.when_ready(model.handle)) == "MODEL_NOT_LOADED"
+        assert handles(journal) == [model.handle]
+
+    run(body)
+
+
+def test_what_is_restored_has_its_memory_before_what_is_asked_for_now(journal):
+    async def body():
+        model = await load(ModelCache(EngineDouble(), Policy(), journal=journal))
+        asked, found = threading.Event(), threading.Event()
+
+        def look(request, *arguments, **options):
+            if request.model_id == "llama3":
+                asked.set()
+                assert found.wait(20)
+            return open_checkpoint(request, *arguments, **options)
+
+        engine = EngineDouble(room=1)
+        cache = ModelCache(engine, Policy(), journal=journal)
+        engine.hold("place")
+        with mock.patch.object(cache_module, "open_checkpoint", look):
+            cache.restore()
+            await asyncio.to_thread(asked.wait, 20)
+            other = asyncio.create_task(load(cache, wanted("gemma2")))
+            await settle()
+            assert cache.models() == []
+            found.set()
+            assert await refusal(other) == "DEVICE_BUDGET_EXCEEDED"
+        engine.release("place")
+        assert await cache.when_ready(model.handle)
 
     run(body)
 

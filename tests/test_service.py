@@ -32,7 +32,7 @@ def test_numbers_are_those_of_the_reference(client, name, case):
             scores.logits[row], expected["logits"][row], rtol=0, atol=tolerance
         )
     assert (scores.compute_dtype, scores.dtype) == ("float32", "bfloat16")
-    assert (scores.temperature, scores.head_dtype, scores.first_token) == (1.0, "float32", "nan")
+    assert scores.semantics == moorage.Semantics(1.0, "float32", "nan", "raw", "isolated")
 
 
 def test_without_segments_a_packed_row_is_one(client):
@@ -46,12 +46,12 @@ def test_without_segments_a_packed_row_is_one(client):
 def test_a_reward_model_gives_its_scores_and_no_logprobs(client):
     rows, _, expected, tolerance = golden_case("llama3_reward", "right_pad")
     model = load(client, "llama3_reward")
-    scores = model.forward(rows, ["logits"])
+    last = model.forward(rows, ["score"]).score
+    every = model.forward(rows, ["score"], positions=[range(len(row)) for row in rows]).score
     for row in range(len(rows)):
-        np.testing.assert_allclose(
-            scores.logits[row], expected["scores"][row], rtol=0, atol=tolerance
-        )
-    with pytest.raises(moorage.FailedPrecondition, match="it serves logits"):
+        np.testing.assert_allclose(every[row], expected["scores"][row], rtol=0, atol=tolerance)
+        assert last[row].tobytes() == every[row][-1:].tobytes()
+    with pytest.raises(moorage.FailedPrecondition, match="are: score, hidden"):
         model.forward(rows)
 
 
@@ -137,7 +137,16 @@ def test_the_server_describes_itself(client):
     assert info.buckets == ((4, 128), (2, 512))
     assert (info.max_message_bytes, info.max_sequence_length) == (4 << 20, 512)
     assert sorted(info.sources) == ["huggingface", "internal", "maxtext"]
-    assert info.outputs == ("logprobs", "logits")
+    assert info.outputs == (
+        "logprobs",
+        "entropy",
+        "top_k",
+        "candidates",
+        "logits",
+        "score",
+        "hidden",
+    )
+    assert info.compiles_after_ready == 0
     held = {device.id: device.model_bytes for device in info.devices}
     total = dict.fromkeys(range(4), 0)
     for loaded in client.models():

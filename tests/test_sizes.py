@@ -18,8 +18,9 @@ from jax.sharding import AxisType, Mesh
 from moorage_models.families import PRESETS
 from moorage_models.plan import preset_plan
 from moorage_server.engine import Bucket
-from moorage_server.engine.outputs import OUTPUTS
-from moorage_server.engine.programs import CHUNK, compile_lowered, lower_head, lower_trunk
+from moorage_server.engine.head import CHUNK
+from moorage_server.engine.outputs import OUTPUTS, Profile
+from moorage_server.engine.programs import compile_lowered, lower_head, lower_trunk
 
 GIB = 2**30
 
@@ -60,13 +61,14 @@ def test_a_device_is_given_what_the_plan_says(preset: str) -> None:
         else next(p.device_bytes(dict(mesh.shape)) for p in plan.parameters if p.name == "head")
     )
     ids = 3 * 128 * 4  # tokens, segments and positions of one row
-    assert arguments == plan.device_bytes(dict(mesh.shape)) - head + ids
+    depth = 4  # how many layers are run
+    assert arguments == plan.device_bytes(dict(mesh.shape)) - head + ids + depth
 
 
 def test_the_head_holds_one_chunk_of_logits() -> None:
     plan = preset_plan(PRESETS["qwen3_4b"])
     mesh = mesh_of(fsdp=1, tp=1)
-    program = compile_lowered(lower_head(plan, mesh, "logprobs"), mesh)
+    program = compile_lowered(lower_head(plan, mesh, Profile(("logprobs",))), mesh)
     chunk = CHUNK * plan.config.vocab_size * 4
     weight = plan.config.vocab_size * plan.config.embed_dim * 4  # the table in float32
     assert program.memory_analysis().temp_size_in_bytes <= 1.2 * chunk + weight

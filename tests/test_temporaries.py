@@ -17,6 +17,7 @@ from moorage_server.engine import Bucket
 from moorage_server.engine.outputs import served
 from moorage_server.engine.programs import (
     compile_lowered,
+    lower_gather,
     lower_head,
     lower_trunk,
     split_params,
@@ -128,7 +129,7 @@ def _check_golden(name: str, dtype: str, sizes: Sizes, shapes: list[tuple[int, i
 
 
 def _heads(plan: Plan[Any], mesh: Mesh) -> list[Compiled]:
-    return [compile_lowered(lower_head(plan, mesh, o), mesh) for o in served(plan.config)]
+    return [compile_lowered(lower_head(plan, mesh, p), mesh) for p in served(plan.config)]
 
 
 def _bound_and_compiled(
@@ -136,8 +137,8 @@ def _bound_and_compiled(
 ) -> tuple[int, int]:
     """The bound, and what the compiled programs take beside the parameters.
 
-    While a head runs, all of the trunk's results are held, and the larger of the heads' results
-    may be held since it ran before.
+    While a head runs on a chunk, the trunk's result is held, and of the chunk before the hidden
+    states and the result.
     """
     mesh = mesh_of(*sizes)
     axes = dict(mesh.shape)
@@ -145,8 +146,15 @@ def _bound_and_compiled(
         {p.name: p.device_bytes(axes) for p in plan.parameters}, plan.config
     )
     trunk = compile_lowered(lower_trunk(plan, dtype, mesh, bucket), mesh)
-    held = _result_bytes(trunk) + max(map(_result_bytes, heads)) - _chunk_bytes(plan)
-    figures = [_bytes(trunk, trunk_params), *(held + _bytes(h, head_params) for h in heads)]
+    gather = compile_lowered(lower_gather(plan, mesh, bucket), mesh)
+    result = max(map(_result_bytes, heads))
+    states = _result_bytes(gather)
+    held = _result_bytes(trunk) + states
+    figures = [
+        _bytes(trunk, trunk_params),
+        _bytes(gather, {}) + states + 2 * result,
+        *(held + _bytes(head, head_params) + _result_bytes(head) for head in heads),
+    ]
     return temporary_bytes(plan, dtype, axes, [bucket], "cpu"), max(figures)
 
 
@@ -159,8 +167,3 @@ def _bytes(program: Compiled, params: Mapping[str, int]) -> int:
 
 def _result_bytes(program: Compiled) -> int:
     return int(program.memory_analysis().output_size_in_bytes)
-
-
-def _chunk_bytes(plan: Plan[Any]) -> int:
-    """A head's chunk on each device: an argument of its own that is also the trunk's result."""
-    return 128 * plan.config.embed_dim * 4

@@ -11,20 +11,7 @@
 """
 
 from moorage import aio
-from moorage.answers import (
-    BudgetEstimate,
-    Change,
-    Config,
-    Device,
-    Lease,
-    LoadProgress,
-    Memory,
-    Model,
-    Resolution,
-    ServerInfo,
-    Stage,
-    SupportedModel,
-)
+from moorage.answers import Change, Lease, LoadProgress, Model, Stage
 from moorage.client import Client, connect
 from moorage.errors import (
     Cancelled,
@@ -42,7 +29,10 @@ from moorage.errors import (
     Unavailable,
     Unsupported,
 )
-from moorage.scores import Scores
+from moorage.naming import BudgetEstimate, Config, Resolution, SupportedModel
+from moorage.options import ForwardOptions
+from moorage.scores import Scores, Semantics, Times
+from moorage.server_info import Device, Memory, OutputProfile, ServerInfo
 
 __version__ = "0.1.0"
 
@@ -57,6 +47,7 @@ __all__ = [
     "Device",
     "Error",
     "FailedPrecondition",
+    "ForwardOptions",
     "InternalError",
     "InvalidRequest",
     "Lease",
@@ -65,13 +56,16 @@ __all__ = [
     "MessageTooLarge",
     "Model",
     "NotFound",
+    "OutputProfile",
     "PermissionDenied",
     "Resolution",
     "ResourceExhausted",
     "Scores",
+    "Semantics",
     "ServerInfo",
     "Stage",
     "SupportedModel",
+    "Times",
     "Unauthenticated",
     "Unavailable",
     "Unsupported",

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import grpc.aio
 
-from moorage import answers, decode, requests
-from moorage.answers import Lease, LoadProgress, Resolution, ServerInfo, SupportedModel
+from moorage import answers, batch, decode, requests
+from moorage.answers import Lease, LoadProgress
 from moorage.errors import Error, NotFound, translated
+from moorage.naming import Resolution, SupportedModel
+from moorage.options import ForwardOptions
+from moorage.passes import TaskPasses
 from moorage.progress import shown
 from moorage.renewal import TaskRenewal
-from moorage.requests import Rows
-from moorage.scores import Assembly, Scores
+from moorage.rows import Rows
+from moorage.scores import Scores
+from moorage.server_info import ServerInfo
 from moorage.transport import (
     OPTIONS,
     LoadWatch,
@@ -29,10 +33,10 @@ from moorage.transport import (
 )
 from moorage.v1 import moorage_pb2 as pb
 
-Model: TypeAlias = answers.Model[Awaitable[Scores]]
-"""A model whose `forward` is awaited."""
+Model: TypeAlias = answers.Model[Coroutine[Any, Any, Scores]]
+"""A model whose `forward` is awaited, or made a task."""
 
-Change: TypeAlias = answers.Change[Awaitable[Scores]]
+Change: TypeAlias = answers.Change[Coroutine[Any, Any, Scores]]
 """A change of such a model."""
 
 
@@ -66,6 +70,7 @@ class Client:
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._open: Stubs | None = stubs(self._channel)
         self._renewal = TaskRenewal(self._open.models, address)
+        self._passes = TaskPasses(self._open.scoring, address)
 
     async def __aenter__(self) -> Client:
         return self
@@ -74,8 +79,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Releases all leases and closes the connection. Models stay loaded."""
+        """Cancels what runs, releases all leases and closes the connection. Models stay loaded."""
         self._open = None
+        self._passes.stop()
         await self._renewal.stop()
         await self._channel.close(None)
 
@@ -133,6 +139,7 @@ class Client:
         )
         with shown(model_id, on_progress, progress) as show:
             response = await self._load(request, LoadWatch(show))
+        self._passes.answered = True
         await self._renewal.hold(request, response)
         return decode.model(response.model, self)
 
@@ -190,17 +197,16 @@ class Client:
         self,
         model: answers.Model[Any] | str,
         rows: Rows,
-        outputs: Sequence[str] = ("logprobs",),
+        outputs: Iterable[str] = ("logprobs",),
         segment_ids: Rows | None = None,
+        **options: Unpack[ForwardOptions],
     ) -> Scores:
         """Runs a forward pass; see `moorage.Client.forward`."""
-        request = requests.forward(handle_of(model), rows, outputs, segment_ids)
-        assembly = Assembly(request)
-        call = self._stubs.scoring.Forward(request, timeout=self._timeout)
-        with translated(self.address), cancelling(call) as responses:
-            async for response in responses:
-                assembly.add(response)
-        return assembly.scores()
+        if self._open is None:
+            raise closed(self.address)
+        options.setdefault("timeout", self._timeout)
+        asked = batch.make(handle_of(model), rows, outputs, segment_ids, **options)
+        return await self._passes.run(asked)
 
     @property
     def _stubs(self) -> Stubs:
@@ -210,7 +216,9 @@ class Client:
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
         with translated(self.address):
-            return await method(request, timeout=self._timeout)
+            response = await method(request, timeout=self._timeout)
+        self._passes.answered = True
+        return response
 
     async def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> pb.LoadModelResponse:
         while True:

@@ -1,13 +1,16 @@
-"""What the server says, as frozen dataclasses; `decode` makes them from the wire's messages."""
+"""Models and what becomes of them, as frozen dataclasses; `decode` makes them from messages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Generic, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, Unpack, cast
 
-from moorage.requests import Rows
+from moorage.naming import Config
+from moorage.options import ForwardOptions
+from moorage.rows import Rows
 from moorage.scores import Scores
 
 if TYPE_CHECKING:
@@ -18,81 +21,6 @@ else:  # Python 3.13 brings the default; before, only type checkers know of it
     from typing import TypeVar
 
     T_co = TypeVar("T_co", covariant=True)
-
-
-@dataclass(frozen=True)
-class Config:
-    """The numbers of a decoder, as the wire's ConfigSummary names them; a tied head counts once."""
-
-    family: str
-    num_layers: int
-    vocab_size: int
-    embed_dim: int
-    hidden_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_parameters: int
-
-
-@dataclass(frozen=True)
-class BudgetEstimate:
-    """Whether a model would fit beside those that are loaded.
-
-    Attributes:
-        needed_bytes: What it would reserve on each device: its parameters, and what its largest
-            program takes while it runs.
-        free_bytes: What nobody has reserved on each device.
-        fits: Whether it could be loaded now, after evictions if need be.
-        evicted: The handles of the models that would be evicted for it.
-    """
-
-    needed_bytes: int
-    free_bytes: int
-    fits: bool
-    evicted: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What a name means; a naming attribute that no rule can give is "".
-
-    Attributes:
-        checked: What was checked, in order: "name", "preset", "source", "config", "headers".
-        loadable: Whether nothing that was checked stands in the way of a load.
-        reason: Why not, as in `Error.reason`, or "".
-        message: Why not, and what would work, or "".
-        config: From the checkpoint or the preset; None if neither is known.
-        revision: The resolved commit, version or digest; "" if no source was looked into.
-        device_bytes: Bytes by device id; empty unless asked for.
-        preset_differences: Where the checkpoint's config.json differs from the preset.
-        budget: What a load would find in device memory; None unless asked for.
-    """
-
-    model_id: str
-    model_name: str
-    model_family: str
-    model_version: str
-    model_config_category: str
-    model_config_id: str
-    checked: tuple[str, ...]
-    loadable: bool
-    reason: str
-    message: str
-    config: Config | None
-    revision: str
-    device_bytes: Mapping[int, int]
-    preset_differences: tuple[str, ...]
-    budget: BudgetEstimate | None
-
-
-@dataclass(frozen=True)
-class SupportedModel:
-    """One preset: a config id that needs no config.json."""
-
-    model_config_id: str
-    model_config_category: str
-    config: Config
 
 
 @dataclass(frozen=True)
@@ -170,16 +98,36 @@ class Lease:
 
 
 class Scorer(Protocol[T_co]):
-    """What a model needs of its client; `T_co` is Scores, or an awaitable of it."""
+    """What a model needs of its client; `T_co` is Scores, or a coroutine that gives it."""
 
     def lease(self, model: str) -> Lease | None:
         """Gives the lease that the client holds on the model with this handle."""
         ...
 
     def forward(
-        self, model: str, rows: Rows, outputs: Sequence[str], segment_ids: Rows | None
+        self,
+        model: str,
+        rows: Rows,
+        outputs: Iterable[str],
+        segment_ids: Rows | None,
+        **options: Unpack[ForwardOptions],
     ) -> T_co:
         """Runs a forward pass on the model with this handle."""
+        ...
+
+
+class FutureScorer(Scorer[Scores], Protocol):
+    """A client for blocking code."""
+
+    def forward_async(
+        self,
+        model: str,
+        rows: Rows,
+        outputs: Iterable[str],
+        segment_ids: Rows | None,
+        **options: Unpack[ForwardOptions],
+    ) -> Future[Scores]:
+        """Begins a forward pass on the model with this handle."""
         ...
 
 
@@ -246,26 +194,61 @@ class Model(Generic[T_co]):
     def forward(
         self,
         rows: Rows,
-        outputs: Sequence[str] = ("logprobs",),
+        outputs: Iterable[str] = ("logprobs",),
         segment_ids: Rows | None = None,
+        **options: Unpack[ForwardOptions],
     ) -> T_co:
         """Runs a forward pass.
 
+        Rows that do not fit into one request are sent in several, and their answers put together.
+        If the connection breaks, the pass goes on in the server and the call comes back for what
+        is missing; where too much work waits, it tries again when the server says so.
+
         Args:
             rows: Ragged rows of token ids: lists or integer arrays, or one array [rows, length].
-            outputs: "logprobs", "logits" or both.
+            outputs: Names of outputs, as `ServerInfo.outputs` lists them.
             segment_ids: Shaped as `rows`. Tokens of a row see each other only within a segment;
                 segments count from 1 and are contiguous. None: each row is one segment.
+            **options: See `moorage.ForwardOptions`.
 
         Returns:
-            The scores; from an asyncio client, an awaitable of them.
+            The scores; from an asyncio client, a coroutine that gives them.
 
         Raises:
             InvalidRequest: The rows are wrong; raised before anything is sent where possible.
+            MessageTooLarge: One row alone does not fit into a request.
+            FailedPrecondition: An output is not served, or the model's weights are not those that
+                were expected, or changed in between.
+            ResourceExhausted: Too much work waited until the time was over.
             DataLoss: Bytes of the answer are damaged or missing.
             Error: Any other failure.
         """
-        return self.client.forward(self.handle, rows, outputs, segment_ids)
+        return self.client.forward(self.handle, rows, outputs, segment_ids, **options)
+
+    def forward_async(
+        self: Model[Scores],
+        rows: Rows,
+        outputs: Iterable[str] = ("logprobs",),
+        segment_ids: Rows | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> Future[Scores]:
+        """Begins a forward pass; of a blocking client only, as asyncio's `forward` is awaited.
+
+        Args:
+            rows: As in `forward`, as are all arguments.
+            outputs: Names of outputs.
+            segment_ids: Shaped as `rows`, or None.
+            **options: See `moorage.ForwardOptions`; the time of `timeout` begins with the call.
+
+        Returns:
+            A future of the scores. Its `cancel` ends the call, be it waiting or running.
+
+        Raises:
+            InvalidRequest: The rows are wrong; every other failure is the future's.
+            MessageTooLarge: One row alone does not fit into a request.
+        """
+        client = cast(FutureScorer, self.client)
+        return client.forward_async(self.handle, rows, outputs, segment_ids, **options)
 
 
 @dataclass(frozen=True)
@@ -282,62 +265,3 @@ class Change(Generic[T_co]):
     sequence: int
     model: Model[T_co] | None
     models: tuple[Model[T_co], ...]
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device of the server's mesh, and the bytes of parameters on it."""
-
-    id: int
-    kind: str
-    model_bytes: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What is promised to models, and what is held.
-
-    Attributes:
-        budget_bytes: What models may take of each device.
-        reserved_bytes: What is reserved for models on each device.
-        live_bytes: Bytes of arrays that are alive, by device id.
-        host_pool_bytes: Host memory that models have left behind, kept for those to come.
-    """
-
-    budget_bytes: int
-    reserved_bytes: int
-    live_bytes: Mapping[int, int]
-    host_pool_bytes: int
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What the server is and what it accepts.
-
-    Attributes:
-        version: The server's version.
-        platform: "cpu" or "tpu".
-        devices: The devices of the mesh.
-        mesh: Size of each axis by name, outermost first.
-        buckets: The compiled shapes (rows, length).
-        max_message_bytes: The largest request.
-        max_sequence_length: The longest row, in tokens.
-        max_output_bytes: The largest answer.
-        sources: Keys of `moorage.requests.SOURCES` that may be loaded from.
-        outputs: The outputs that are served.
-        start_time: When the server started, or None.
-        memory: What is promised to models, and what is held.
-    """
-
-    version: str
-    platform: str
-    devices: tuple[Device, ...]
-    mesh: Mapping[str, int]
-    buckets: tuple[tuple[int, int], ...]
-    max_message_bytes: int
-    max_sequence_length: int
-    max_output_bytes: int
-    sources: tuple[str, ...]
-    outputs: tuple[str, ...]
-    start_time: datetime | None
-    memory: Memory

@@ -90,6 +90,10 @@ def _ids(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not JSON, such as [[1,2],[3]]: {error}") from error
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _option(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
@@ -165,8 +169,42 @@ _COMMANDS: Mapping[str, _Command] = {
     "ps": _Command(commands.ps, "list the models that are loaded or being loaded"),
     "forward": _Command(
         commands.forward,
-        "print the log-probability of each token",
-        (_MODEL, ("--tokenizer", {"help": "a tokenizer.json or its folder; else the Hub's"})),
+        "score rows: by default, print the log-probability of each token",
+        (
+            _MODEL,
+            ("--tokenizer", {"help": "a tokenizer.json or its folder; else the Hub's"}),
+            (
+                "--outputs",
+                {
+                    "type": _names,
+                    "default": ["logprobs"],
+                    "metavar": "NAME[,NAME]",
+                    "help": "what to print, as `moorage status` lists it; logprobs if left out",
+                },
+            ),
+            (
+                "--top-k",
+                {
+                    "type": int,
+                    "default": 0,
+                    "metavar": "N",
+                    "help": "also the N tokens most probable at each position",
+                },
+            ),
+            (
+                "--temperature",
+                {"type": float, "default": 1.0, "help": "divides the logits; 1 if left out"},
+            ),
+            (
+                "--from-position",
+                {
+                    "type": int,
+                    "default": 0,
+                    "metavar": "N",
+                    "help": "leave out the first N positions of each row",
+                },
+            ),
+        ),
         either=(
             ("--ids", {"type": _ids, "help": "rows of token ids as JSON; - reads stdin"}),
             ("--text", {"action": "append", "help": "a row as text; may be given repeatedly"}),

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, Unpack
 
 import grpc
 
-from moorage import decode, requests
-from moorage.answers import (
-    Change,
-    Lease,
-    LoadProgress,
-    Model,
-    Resolution,
-    ServerInfo,
-    SupportedModel,
-)
+from moorage import batch, decode, requests
+from moorage.answers import Change, Lease, LoadProgress, Model
+from moorage.batch import Batch
 from moorage.errors import Error, NotFound, translated
+from moorage.naming import Resolution, SupportedModel
+from moorage.options import ForwardOptions
+from moorage.passes import ThreadPasses
 from moorage.progress import shown
 from moorage.renewal import ThreadRenewal
-from moorage.requests import Rows
-from moorage.scores import Assembly, Scores
+from moorage.rows import Rows
+from moorage.scores import Scores
+from moorage.server_info import ServerInfo
 from moorage.transport import (
     OPTIONS,
     LoadWatch,
@@ -68,6 +66,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._open: Stubs | None = stubs(self._channel)
         self._renewal = ThreadRenewal(self._open.models, address)
+        self._passes = ThreadPasses(self._open.scoring, address)
 
     def __enter__(self) -> Client:
         return self
@@ -76,8 +75,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Releases all leases and closes the connection. Models stay loaded."""
+        """Cancels what runs, releases all leases and closes the connection. Models stay loaded."""
         self._open = None
+        self._passes.stop()
         self._renewal.stop()
         self._channel.close()
         self._renewal.join()
@@ -135,7 +135,8 @@ class Client:
         """Loads a model, or joins a load of it, and waits until it is ready.
 
         Loading what is loaded already returns at once. If the connection breaks, the load goes on
-        in the server and the call joins it again, a few times.
+        in the server and the call joins it again; a server that restarts is waited for up to ten
+        minutes.
 
         Args:
             model_id: A Hugging Face id ("google/gemma-2-2b-it") or a config id ("gemma2_2b_it").
@@ -175,6 +176,7 @@ class Client:
         )
         with shown(model_id, on_progress, progress) as show:
             response = self._load(request, LoadWatch(show))
+        self._passes.answered = True
         self._renewal.hold(request, response)
         return decode.model(response.model, self)
 
@@ -201,8 +203,8 @@ class Client:
     def watch(self) -> Iterator[Change[Scores]]:
         """Tells what becomes of models, for as long as the caller listens.
 
-        If the connection breaks, the watch goes on where it was, a few times in a row. It takes
-        any time: leave the loop to end it; `close` cancels it.
+        If the connection breaks, the watch goes on where it was; a server that restarts is waited
+        for up to ten minutes. It takes any time: leave the loop to end it; `close` cancels it.
 
         Yields:
             First how all models are; then every change, in order.
@@ -272,27 +274,45 @@ class Client:
         self,
         model: Model[Any] | str,
         rows: Rows,
-        outputs: Sequence[str] = ("logprobs",),
+        outputs: Iterable[str] = ("logprobs",),
         segment_ids: Rows | None = None,
+        **options: Unpack[ForwardOptions],
     ) -> Scores:
         """Runs a forward pass; `Model.forward` says more.
 
         Args:
             model: The model, or its handle.
             rows: Ragged rows of token ids.
-            outputs: "logprobs", "logits" or both.
+            outputs: Names of outputs, as `ServerInfo.outputs` lists them.
             segment_ids: Shaped as `rows`, or None: each row is one segment.
+            **options: See `moorage.ForwardOptions`.
 
         Returns:
             The scores.
         """
-        request = requests.forward(handle_of(model), rows, outputs, segment_ids)
-        assembly = Assembly(request)
-        call = self._stubs.scoring.Forward(request, timeout=self._timeout)
-        with translated(self.address), cancelling(call) as responses:
-            for response in responses:
-                assembly.add(response)
-        return assembly.scores()
+        return self._passes.run(self._batch(model, rows, outputs, segment_ids, options))
+
+    def forward_async(
+        self,
+        model: Model[Any] | str,
+        rows: Rows,
+        outputs: Iterable[str] = ("logprobs",),
+        segment_ids: Rows | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> Future[Scores]:
+        """Begins a forward pass; `Model.forward_async` says more.
+
+        Args:
+            model: The model, or its handle.
+            rows: Ragged rows of token ids.
+            outputs: Names of outputs, as `ServerInfo.outputs` lists them.
+            segment_ids: Shaped as `rows`, or None: each row is one segment.
+            **options: See `moorage.ForwardOptions`.
+
+        Returns:
+            A future of the scores; many may be in flight. `close` cancels it.
+        """
+        return self._passes.start(self._batch(model, rows, outputs, segment_ids, options))
 
     @property
     def _stubs(self) -> Stubs:
@@ -300,9 +320,24 @@ class Client:
             raise closed(self.address)
         return self._open
 
+    def _batch(
+        self,
+        model: Model[Any] | str,
+        rows: Rows,
+        outputs: Iterable[str],
+        segment_ids: Rows | None,
+        options: ForwardOptions,
+    ) -> Batch:
+        if self._open is None:
+            raise closed(self.address)
+        options.setdefault("timeout", self._timeout)
+        return batch.make(handle_of(model), rows, outputs, segment_ids, **options)
+
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         with translated(self.address):
-            return method(request, timeout=self._timeout)
+            response = method(request, timeout=self._timeout)
+        self._passes.answered = True
+        return response
 
     def _load(self, request: pb.LoadModelRequest, watch: LoadWatch) -> pb.LoadModelResponse:
         while True:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from moorage.answers import BudgetEstimate, Config, Lease, Model, Resolution
+from moorage import score_table
+from moorage.answers import Lease, Model
 from moorage.client import Client
 from moorage.errors import InvalidRequest, NotFound
+from moorage.naming import BudgetEstimate, Config, Resolution
 from moorage.progress import placed
 from moorage.render import count, duration, pairs, size, sizes, table
 from moorage.scores import Scores
+from moorage.server_info import OutputProfile
 from moorage.tokens import encode
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -92,14 +94,21 @@ def ps(client: Client, _: Namespace) -> Output:
 
 
 def forward(client: Client, arguments: Namespace) -> Output:
-    """Prints the log-probability of each token."""
+    """Scores rows."""
     model = _find(client, arguments.model)
     if arguments.text is None:
         rows, tokens = arguments.ids, None
     else:
         rows, tokens = encode(arguments.text, model.model_id, arguments.tokenizer)
-    scores = model.forward(rows)
-    return Output({"rows": rows, "tokens": tokens, "scores": scores}, _scores(rows, tokens, scores))
+    scores = model.forward(
+        rows,
+        arguments.outputs,
+        top_k=arguments.top_k,
+        temperature=arguments.temperature,
+        from_position=arguments.from_position,
+    )
+    text = score_table.text(rows, tokens, scores, arguments.from_position)
+    return Output({"rows": rows, "tokens": tokens, "scores": scores}, text)
 
 
 def unload(client: Client, arguments: Namespace) -> Output:
@@ -121,10 +130,14 @@ def status(client: Client, _: Namespace) -> Output:
         "mesh": ", ".join(f"{axis}={length}" for axis, length in info.mesh.items()),
         "buckets": ", ".join(f"{rows}x{length}" for rows, length in info.buckets),
         "outputs": ", ".join(info.outputs),
+        "programs": ", ".join(map(_profile, info.profiles)),
         "sources": ", ".join(info.sources),
         "longest row": f"{info.max_sequence_length} tokens",
         "largest request": size(info.max_message_bytes),
         "largest answer": size(info.max_output_bytes),
+        "may wait": f"{count(info.max_queued_tokens)} tokens",
+        "answers are kept": f"for {duration(info.answer_retention_seconds)}, "
+        f"{size(info.max_retained_bytes)} at most",
         "models may take": f"{size(info.memory.budget_bytes)} of each device",
         "reserved": f"{size(info.memory.reserved_bytes)} of each device",
         "host memory kept": size(info.memory.host_pool_bytes),
@@ -181,17 +194,9 @@ def _budget(budget: BudgetEstimate) -> dict[str, str]:
     }
 
 
-def _scores(rows: list[list[int]], tokens: list[list[str]] | None, scores: Scores) -> str:
-    places = [(row, place) for row, ids in enumerate(rows) for place in range(len(ids))]
-    columns: dict[str, Sequence[object]] = {
-        "ROW": [row for row, _ in places],
-        "POSITION": [place for _, place in places],
-    }
-    if tokens is not None:  # quoted, as a token may be a space or a line break
-        columns["TOKEN"] = [json.dumps(tokens[r][p], ensure_ascii=False) for r, p in places]
-    columns["ID"] = [rows[row][place] for row, place in places]
-    columns["LOGPROB"] = [float(value) for row in scores.logprobs or [] for value in row]
-    return table(columns)
+def _profile(profile: OutputProfile) -> str:
+    size = f" of {profile.size}" if profile.size else ""
+    return f"{'+'.join(profile.outputs)}{size}"
 
 
 def _state(model: Model[Scores]) -> str:

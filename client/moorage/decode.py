@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.message import Message
+from numpy.typing import NDArray
 
-from moorage.answers import (
-    BudgetEstimate,
-    Config,
-    Device,
-    Lease,
-    LoadProgress,
-    Memory,
-    Model,
-    Resolution,
-    Scorer,
-    ServerInfo,
-    Stage,
-    SupportedModel,
-    T_co,
-    Tokenizer,
-)
+from moorage.answers import Lease, LoadProgress, Model, Scorer, Stage, T_co, Tokenizer
+from moorage.enums import name_of
+from moorage.naming import BudgetEstimate, Config, Resolution, SupportedModel
+from moorage.scores import Scores, Semantics, Times
+from moorage.server_info import Device, Memory, OutputProfile, ServerInfo
 from moorage.v1 import moorage_pb2 as pb
 
 
@@ -55,12 +45,12 @@ def supported_models(message: pb.ListSupportedModelsResponse) -> list[SupportedM
 def load_progress(message: pb.LoadProgress) -> LoadProgress:
     """Decodes the progress of a load."""
     return LoadProgress(
-        state=_name(pb.ModelState, message.state),
+        state=name_of(pb.ModelState, message.state),
         stages={
             stage.stage: Stage(stage.done, stage.total, stage.rate) for stage in message.stages
         },
         waiters=message.waiters,
-        elapsed_seconds=message.elapsed.ToNanoseconds() / 1e9,
+        elapsed_seconds=_seconds(message, "elapsed"),
     )
 
 
@@ -69,8 +59,8 @@ def lease(message: pb.Lease) -> Lease:
     return Lease(
         id=message.id,
         client=message.client,
-        seconds=message.duration.ToNanoseconds() / 1e9,
-        seconds_left=message.time_left.ToNanoseconds() / 1e9,
+        seconds=_seconds(message, "duration"),
+        seconds_left=_seconds(message, "time_left"),
     )
 
 
@@ -86,10 +76,10 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
     """
     return Model(
         handle=message.handle,
-        state=_name(pb.ModelState, message.state),
+        state=name_of(pb.ModelState, message.state),
         model_id=message.spec.model_id,
         model_config_id=message.name.model_config_id,
-        source=_name(pb.ModelSource, message.spec.source),
+        source=name_of(pb.ModelSource, message.spec.source),
         path=message.path,
         revision=message.revision,
         config=_config(message.config),
@@ -97,7 +87,7 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
         compute_dtype=message.compute_dtype,
         device_bytes=device_bytes(message.device_bytes),
         load_time=_time(message, "load_time"),
-        load_seconds=message.load_duration.ToNanoseconds() / 1e9,
+        load_seconds=_seconds(message, "load_duration"),
         last_use_time=_time(message, "last_use_time"),
         forward_count=message.forward_count,
         token_count=message.token_count,
@@ -106,7 +96,7 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
         tokenizer=_tokenizer(message.tokenizer),
         leases=tuple(map(lease, message.leases)),
         history={
-            _name(pb.ModelState, change.state): change.time.ToDatetime(tzinfo=UTC)
+            name_of(pb.ModelState, change.state): change.time.ToDatetime(tzinfo=UTC)
             for change in message.history
         },
         running_count=message.running_count,
@@ -126,10 +116,11 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         version=message.version,
         platform=message.platform,
         devices=tuple(Device(d.id, d.kind, d.model_bytes) for d in message.devices),
-        mesh={axis.name: axis.size for axis in message.mesh},
-        buckets=tuple((bucket.rows, bucket.length) for bucket in message.buckets),
+        mesh=_mesh(message.mesh),
+        buckets=_buckets(message.buckets),
         **_shared(ServerInfo, message.limits),
-        sources=tuple(_name(pb.ModelSource, source) for source in message.sources),
+        answer_retention_seconds=_seconds(message.limits, "answer_retention"),
+        sources=tuple(name_of(pb.ModelSource, source) for source in message.sources),
         outputs=tuple(message.outputs),
         start_time=_time(message, "start_time"),
         memory=Memory(
@@ -138,7 +129,46 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
             live_bytes=device_bytes(message.memory.live_bytes),
             host_pool_bytes=message.memory.host_pool_bytes,
         ),
+        profiles=tuple(OutputProfile(tuple(p.outputs), p.size) for p in message.profiles),
+        compiles_after_ready=message.compiles_after_ready,
     )
+
+
+def scores(header: pb.ForwardHeader, tensors: Mapping[str, list[NDArray[Any]]]) -> Scores:
+    """Decodes the answer of Forward.
+
+    Args:
+        header: Its header.
+        tensors: Its tensors by name, one array for each row.
+
+    Returns:
+        The scores.
+    """
+    semantics = header.semantics
+    return Scores(
+        **_shared(Scores, header)
+        | {
+            "tensors": tensors,
+            "mesh": _mesh(header.mesh),
+            "buckets": _buckets(header.buckets),
+            "semantics": Semantics(
+                temperature=semantics.temperature,
+                head_dtype=semantics.head_dtype,
+                first_token=name_of(pb.FirstToken, semantics.first_token),
+                logit_scale=name_of(pb.LogitScale, semantics.logit_scale),
+                segments=name_of(pb.SegmentMode, semantics.segments),
+            ),
+            "times": Times(**{f.name: _seconds(header, f"{f.name}_time") for f in fields(Times)}),
+        }
+    )
+
+
+def _mesh(axes: Iterable[pb.MeshAxis]) -> dict[str, int]:
+    return {axis.name: axis.size for axis in axes}
+
+
+def _buckets(buckets: Iterable[pb.Bucket]) -> tuple[tuple[int, int], ...]:
+    return tuple((bucket.rows, bucket.length) for bucket in buckets)
 
 
 def _budget(message: pb.BudgetEstimate) -> BudgetEstimate:
@@ -169,11 +199,8 @@ def _shared(kind: Any, message: Message) -> dict[str, Any]:
     return {f.name: getattr(message, f.name) for f in fields(kind) if f.name in names}
 
 
-def _name(enum: Any, number: int) -> str:
-    """MODEL_STATE_READY is "ready"; a number of a newer server is itself."""
-    value = enum.DESCRIPTOR.values_by_number.get(number)
-    prefix = enum.DESCRIPTOR.values[0].name.removesuffix("UNSPECIFIED")
-    return value.name.removeprefix(prefix).lower() if value else str(number)
+def _seconds(message: Any, field: str) -> float:
+    return float(getattr(message, field).ToNanoseconds() / 1e9)
 
 
 def _time(message: Any, field: str) -> datetime | None:

@@ -159,6 +159,7 @@ REASONS: Mapping[str, type[Error]] = {
     "ACCELERATOR_BUSY": FailedPrecondition,
     "INVALID_REQUEST": InvalidRequest,
     "INTERNAL": InternalError,
+    "DEADLINE_TOO_SHORT": DeadlineExceeded,
 }
 """Which exception a reason raises; a reason that is not here goes by its code."""
 
@@ -186,7 +187,8 @@ _HINTS: Mapping[type[Error], str] = {
     Unavailable: "{address} does not answer ({text}); `moorage serve` must be running there",
     Unsupported: "{address} does not know this call ({text}); it must run `moorage serve`, "
     "in the version of this client",
-    DeadlineExceeded: "{address} gave no answer in time ({text}); give connect() a longer timeout",
+    DeadlineExceeded: "{address} gave no answer in time ({text}); give the call, or connect(), a "
+    "longer timeout",
     MessageTooLarge: "one message is too large for gRPC ({text}); split the batch into smaller "
     "ones, or ask for fewer outputs",
 }

@@ -1,22 +1,18 @@
-"""Requests of the wire, made from Python values; wrong values are refused before they are sent."""
+"""Requests of the wire, made from Python values; wrong values are refused before they are sent.
+
+Those for forward passes are in `batch`.
+"""
 
 from __future__ import annotations
 
 import getpass
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from typing import Any, cast
 
 from moorage.errors import InvalidRequest
-from moorage.scores import OUTPUTS
 from moorage.v1 import moorage_pb2 as pb
-
-Rows: TypeAlias = Iterable[Any]
-"""Ragged rows of integers: a list of lists or integer arrays, or one array [rows, length]."""
 
 SOURCES: Mapping[str, pb.ModelSource] = {
     "huggingface": pb.MODEL_SOURCE_HUGGINGFACE,
@@ -113,86 +109,3 @@ def default_client_name() -> str:
     except (KeyError, OSError):  # a container may have no name for its user
         user = "unknown"
     return f"{user}@{socket.gethostname()} {os.getpid()}"
-
-
-def forward(
-    handle: str, rows: Rows, outputs: Sequence[str], segment_ids: Rows | None
-) -> pb.ForwardRequest:
-    """Asks for a forward pass.
-
-    Args:
-        handle: The model's handle.
-        rows: Ragged rows of token ids.
-        outputs: Keys of `moorage.scores.OUTPUTS`.
-        segment_ids: Shaped as `rows`, or None: each row is one segment.
-
-    Returns:
-        The message, rows packed one after another.
-
-    Raises:
-        InvalidRequest: An output is unknown, or rows are not rows of 32-bit integers.
-    """
-    token_ids, lengths = pack(rows, "rows")
-    segments: list[int] = []
-    segment_lengths = lengths
-    if segment_ids is not None:
-        segments, segment_lengths = pack(segment_ids, "segment_ids")
-    if segment_lengths != lengths:
-        raise InvalidRequest("segment_ids and rows differ in shape; give one id for each token")
-    return pb.ForwardRequest(
-        handle=handle,
-        token_ids=token_ids,
-        row_lengths=lengths,
-        segment_ids=segments,
-        outputs=_outputs(outputs),
-    )
-
-
-def pack(rows: Rows, name: str) -> tuple[list[int], list[int]]:
-    """Puts ragged rows one after another.
-
-    Args:
-        rows: Ragged rows of integers.
-        name: What they are called in errors.
-
-    Returns:
-        All values, and the length of each row.
-
-    Raises:
-        InvalidRequest: There is no row, or a row is empty or not of 32-bit integers.
-    """
-    try:
-        table = np.asarray(rows) if hasattr(rows, "__array__") else rows
-        arrays = [_row(row, f"{name}[{index}]") for index, row in enumerate(table)]
-    except TypeError as error:
-        raise InvalidRequest(f"{name} must be a list of rows of integers: {error}") from error
-    if not arrays:
-        raise InvalidRequest(f"{name} holds no row; give at least one")
-    return np.concatenate(arrays).tolist(), [array.size for array in arrays]
-
-
-def _outputs(outputs: Sequence[str]) -> pb.OutputSpec:
-    wanted = [outputs] if isinstance(outputs, str) else list(outputs or ())
-    unknown = [name for name in wanted if name not in OUTPUTS]
-    if unknown:
-        raise InvalidRequest(f"unknown outputs {unknown}; known are {', '.join(OUTPUTS)}")
-    return pb.OutputSpec(**dict.fromkeys(wanted, True))
-
-
-def _row(row: Any, name: str) -> NDArray[np.int32]:
-    try:
-        array = np.asarray(row)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"{name}: {error}") from error
-    if array.ndim == 1 and array.size == 0:
-        raise InvalidRequest(f"{name} is empty; leave the row out", reason="ROW_EMPTY")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidRequest(
-            f"{name} must be a flat row of integers, not {array.dtype} {list(array.shape)}"
-        )
-    if array.min() < -(2**31) or array.max() >= 2**31:
-        raise InvalidRequest(
-            f"{name} holds {array.min()} to {array.max()}; 32-bit integers are sent",
-            reason="TOKEN_OUT_OF_RANGE",
-        )
-    return array.astype(np.int32, copy=False)

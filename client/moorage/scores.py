@@ -1,163 +1,195 @@
-"""What a forward pass gives, put together from the chunks of the wire."""
+"""What a forward pass gives: tensors by name, and where they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, TypeAlias
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from moorage.errors import DataLoss
-from moorage.v1 import moorage_pb2 as pb
+from moorage.errors import DataLoss, FailedPrecondition
 
-OUTPUTS: Mapping[str, int] = {"logprobs": 1, "logits": 2}
-"""The outputs, and how many axes each has; the first runs over the tokens of all rows."""
+Floats: TypeAlias = list[NDArray[np.float32]] | None
+"""One array for each row; None if the output was not asked for."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The outputs of one forward pass, and what their numbers mean.
+class Semantics:
+    """What the numbers mean.
 
     Attributes:
-        logprobs: float32 [length] for each row: the log-probability of each token given those
-            before it, NaN at the first token of every segment. None if not asked for.
-        logits: float32 [length, vocabulary] for each row: after each token. None if not asked for.
+        temperature: The logits were divided by this before the softmax.
+        head_dtype: The dtype of the head's product; softmax and log-sum-exp are float32 always.
+        first_token: What stands at the first token of a segment: "nan" or "zero".
+        logit_scale: What was done to "logits": "raw" for nothing, "scaled" for divided by the
+            temperature.
+        segments: What segments of a row mean to each other: "isolated".
+    """
+
+    temperature: float
+    head_dtype: str
+    first_token: str
+    logit_scale: str
+    segments: str
+
+
+@dataclass(frozen=True)
+class Times:
+    """Where the time went, in seconds; of several requests the longest queue, and sums.
+
+    Attributes:
+        queue: From when the request was taken until its first row ran.
+        pad: Putting rows together and apart.
+        execute: The devices computed batches that held some of the rows.
+        transfer: Bringing results from the devices.
+    """
+
+    queue: float
+    pad: float
+    execute: float
+    transfer: float
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The outputs of one forward pass, and what they come from.
+
+    Every output is a list of arrays, one for each row, over its wanted positions: all, or those
+    from `from_position` on. What is about token t given those before it stands at t; nothing
+    precedes the first token of a segment, where NaN and the id -1 stand. The arrays of one output
+    are views of as many buffers as there were requests.
+
+    Attributes:
+        tensors: Every tensor of the answer by its name: float32 or int32, [positions, ...].
         handle: The model that answered.
         model_id: Its id.
         revision: The resolved revision of its checkpoint.
         dtype: The dtype of its parameters.
         compute_dtype: The dtype of the arithmetic.
-        temperature: The logits were divided by this before the softmax.
-        head_dtype: The dtype of the head, softmax and log-sum-exp.
-        first_token: What stands at the first token of a segment.
-        queue_seconds: Time spent waiting for the device.
-        execute_seconds: Time spent computing.
+        weights_digest: A digest of the weights; its prefix says of what: "hub", "stat" or
+            "content".
+        weights_version: The version of the weights: 1 as they were loaded.
+        mesh: Size of each axis of the server's mesh by name, outermost first.
+        buckets: The compiled shapes (rows, length) that the rows ran in.
+        server_version: The server's version.
+        request_id: The request as the server's log names it; of several, all, with commas between.
+        semantics: What the numbers mean.
+        times: Where the time went.
     """
 
-    logprobs: list[NDArray[np.float32]] | None
-    logits: list[NDArray[np.float32]] | None
+    tensors: Mapping[str, list[NDArray[Any]]]
     handle: str
     model_id: str
     revision: str
     dtype: str
     compute_dtype: str
-    temperature: float
-    head_dtype: str
-    first_token: str
-    queue_seconds: float
-    execute_seconds: float
+    weights_digest: str
+    weights_version: int
+    mesh: Mapping[str, int]
+    buckets: tuple[tuple[int, int], ...]
+    server_version: str
+    request_id: str
+    semantics: Semantics
+    times: Times
+
+    @property
+    def logprobs(self) -> Floats:
+        """[positions]: the log-probability of each token given those before it, in nats."""
+        return self.tensors.get("logprobs")
+
+    @property
+    def entropy(self) -> Floats:
+        """[positions]: the entropy of what may stand at each token given those before, in nats."""
+        return self.tensors.get("entropy")
+
+    @property
+    def top_k_ids(self) -> list[NDArray[np.int32]] | None:
+        """[positions, k]: the tokens most probable at each token given those before, best first."""
+        return self.tensors.get("top_k_ids")
+
+    @property
+    def top_k_logprobs(self) -> Floats:
+        """[positions, k]: the log-probabilities of `top_k_ids`."""
+        return self.tensors.get("top_k_logprobs")
+
+    @property
+    def candidates(self) -> Floats:
+        """[positions, candidates]: log-probabilities at each token given those before it."""
+        return self.tensors.get("candidates")
+
+    @property
+    def logits(self) -> Floats:
+        """[positions, vocabulary]: what the model says after each token, of the next one."""
+        return self.tensors.get("logits")
+
+    @property
+    def hidden(self) -> Floats:
+        """[positions, width]: the hidden state after each token, or at the chosen positions."""
+        return self.tensors.get("hidden")
+
+    @property
+    def score(self) -> Floats:
+        """[segments, labels]: after the last token of each segment, or at the chosen positions."""
+        return self.tensors.get("score")
 
 
-@dataclass
-class _Tensor:
-    """One tensor on its way: its header, its bytes, and how many of them have come."""
-
-    header: pb.TensorHeader
-    buffer: NDArray[np.uint8]
-    filled: int = 0
-
-    def take(self, chunk: pb.TensorChunk) -> None:
-        end = chunk.offset + len(chunk.data)
-        where = f"bytes {chunk.offset} to {end} of {self.header.name}"
-        if chunk.offset != self.filled or end > self.buffer.size:
-            raise DataLoss(
-                f"{where} came, but byte {self.filled} of {self.buffer.size} is next; call again"
-            )
-        if google_crc32c.value(chunk.data) != chunk.crc32c:
-            raise DataLoss(f"{where} do not match their CRC-32C; call again")
-        self.buffer[chunk.offset : end] = np.frombuffer(chunk.data, np.uint8)
-        self.filled = end
+SAME = ("handle", "revision", "weights_digest", "weights_version")
+"""What says that two answers are of the same weights; so named by `Scores` and on the wire."""
 
 
-@dataclass
-class Assembly:
-    """Checks the messages of one Forward call and collects their bytes.
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Puts the answers to the requests of one batch together.
 
-    Attributes:
-        request: The request that is answered.
+    Args:
+        parts: The answers, in the order of their rows.
+
+    Returns:
+        One answer; no array is copied.
+
+    Raises:
+        FailedPrecondition: They are of different weights.
+        DataLoss: They hold different tensors.
     """
+    first = parts[0]
+    for part in parts[1:]:
+        check_same(first, part)
+        if part.tensors.keys() != first.tensors.keys():
+            raise DataLoss(f"one answer holds {list(first.tensors)}, one {list(part.tensors)}")
+    return replace(
+        first,
+        tensors={
+            name: list(chain.from_iterable(part.tensors[name] for part in parts))
+            for name in first.tensors
+        },
+        buckets=tuple(dict.fromkeys(bucket for part in parts for bucket in part.buckets)),
+        request_id=",".join(part.request_id for part in parts),
+        times=_times([part.times for part in parts]),
+    )
 
-    request: pb.ForwardRequest
-    _header: pb.ForwardHeader | None = None
-    _tensors: list[_Tensor] = field(default_factory=list)
 
-    def add(self, response: pb.ForwardResponse) -> None:
-        """Takes the next message.
+def check_same(one: Any, other: Any) -> None:
+    """Compares where two answers come from.
 
-        Args:
-            response: The header, or a chunk of at most 1 MiB.
+    Args:
+        one: Scores, or a header of the wire.
+        other: Another.
 
-        Raises:
-            DataLoss: The message is out of order, damaged, or does not fit the request.
-        """
-        part = response.WhichOneof("part")
-        if part == "header" and self._header is None:
-            self._header = response.header
-            self._check(response.header)
-            self._tensors = [_Tensor(t, _buffer(t)) for t in response.header.tensors]
-        elif part == "chunk" and response.chunk.tensor in range(len(self._tensors)):
-            self._tensors[response.chunk.tensor].take(response.chunk)
-        else:
-            raise DataLoss(f"an unexpected message came ({part}); call again")
-
-    def scores(self) -> Scores:
-        """Gives the scores, once the last message was added.
-
-        Returns:
-            The outputs by row. The arrays of one output are views of one buffer.
-
-        Raises:
-            DataLoss: The header, a tensor or some bytes are missing.
-        """
-        if self._header is None:
-            raise DataLoss("the answer ended before its header; call again")
-        outputs = {tensor.header.name: self._rows(tensor) for tensor in self._tensors}
-        header = self._header
-        return Scores(
-            logprobs=outputs.get("logprobs"),
-            logits=outputs.get("logits"),
-            handle=header.handle,
-            model_id=header.model_id,
-            revision=header.revision,
-            dtype=header.dtype,
-            compute_dtype=header.compute_dtype,
-            temperature=header.semantics.temperature,
-            head_dtype=header.semantics.head_dtype,
-            first_token=header.semantics.first_token,
-            queue_seconds=header.queue_time.ToNanoseconds() / 1e9,
-            execute_seconds=header.execute_time.ToNanoseconds() / 1e9,
-        )
-
-    def _check(self, header: pb.ForwardHeader) -> None:
-        wanted = {name for name in OUTPUTS if getattr(self.request.outputs, name)}
-        wanted = wanted or {"logprobs"}
-        names = [tensor.name for tensor in header.tensors]
-        if sorted(names) != sorted(wanted):
-            raise DataLoss(f"asked for {sorted(wanted)}, the answer holds {names}")
-        if header.handle != self.request.handle:
-            raise DataLoss(f"asked model {self.request.handle!r}, {header.handle!r} answered")
-        tokens = len(self.request.token_ids)
-        for tensor in header.tensors:
-            shape = tuple(tensor.shape)
-            right = len(shape) == OUTPUTS[tensor.name] and shape[0] == tokens
-            if tensor.dtype != "float32" or not right or min(shape) < 0:
-                raise DataLoss(
-                    f"{tensor.name} is {tensor.dtype} {list(shape)}, not float32 over {tokens} "
-                    "tokens"
-                )
-
-    def _rows(self, tensor: _Tensor) -> list[NDArray[np.float32]]:
-        if tensor.filled != tensor.buffer.size:
-            raise DataLoss(
-                f"{tensor.header.name} ended after {tensor.filled} of {tensor.buffer.size} bytes; "
-                "call again"
+    Raises:
+        FailedPrecondition: They are of different weights.
+    """
+    for name in SAME:
+        before, after = getattr(one, name), getattr(other, name)
+        if before != after:
+            raise FailedPrecondition(
+                f"the weights changed while the rows were scored: {name} was {before!r} and is "
+                f"{after!r}; call forward() again",
+                reason="WEIGHTS_VERSION_MISMATCH",
             )
-        values = tensor.buffer.view("<f4").reshape(tuple(tensor.header.shape))
-        ends = np.cumsum(self.request.row_lengths)[:-1]
-        return np.split(values.astype(np.float32, copy=False), ends)
 
 
-def _buffer(header: pb.TensorHeader) -> NDArray[np.uint8]:
-    return np.empty(int(np.prod(header.shape, dtype=np.int64)) * 4, np.uint8)
+def _times(times: Sequence[Times]) -> Times:
+    sums = {f.name: sum(getattr(t, f.name) for t in times) for f in fields(Times)}
+    return Times(**{**sums, "queue": max(t.queue for t in times)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +29,17 @@ OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
-ATTEMPTS = 5
-"""How often one load resumes after a broken connection, and a watch without an answer between."""
+PATIENCE = 600.0
+"""Seconds since its connection broke in which a call is resumed: servers take time to restart."""
+
+BREAKS = 5
+"""How often one load is resumed that was answered again: it may be what ends the server."""
 
 FIRST_PAUSE = 0.25
-"""Seconds before the first resumption; each further one waits twice as long."""
+"""Seconds before a call is resumed; as long as there is no answer each pause is twice as long."""
+
+MAX_PAUSE = 5.0
+"""Seconds of a pause at the most."""
 
 OVER = frozenset({"unloaded", "failed", "cancelled"})
 """The states in which a model is gone."""
@@ -101,17 +109,79 @@ def cancelling(call: _C) -> Iterator[_C]:
         call.cancel()
 
 
+class Resumption:
+    """Decides when a call whose connection broke is made again; does no I/O.
+
+    Args:
+        breaks: How many breaks are put up with, however soon there is an answer again.
+        now: A clock in seconds that does not go back.
+        patience: Seconds since the connection broke in which the call is made again.
+        answered: Whether the server is known to have answered before.
+    """
+
+    def __init__(
+        self,
+        breaks: float,
+        now: Callable[[], float],
+        patience: float = PATIENCE,
+        answered: bool = False,
+    ) -> None:
+        self._breaks_left = breaks
+        self._now = now
+        self._patience = patience
+        self._answered = answered
+        self._broke: float | None = None
+        self._next = FIRST_PAUSE
+
+    def answered(self) -> None:
+        """Notes that the server answers."""
+        self._answered, self._broke, self._next = True, None, FIRST_PAUSE
+
+    def pause(self, error: Error) -> float:
+        """Decides what follows a failed call; a server that stops is as a broken connection.
+
+        Args:
+            error: Why it failed.
+
+        Returns:
+            Seconds to wait before the call is made again.
+
+        Raises:
+            Error: `error` itself, if the connection did not break after an answer, or broke too
+                often or too long ago.
+        """
+        draining = error.reason == "SERVER_DRAINING"
+        broken = draining or (isinstance(error, Unavailable) and not error.reason)
+        self._answered = self._answered or draining
+        if self._broke is None:
+            self._broke = self._now()
+            self._breaks_left -= 1
+        late = self._now() - self._broke >= self._patience
+        if not broken or not self._answered or self._breaks_left < 0 or late:
+            raise error
+        seconds, self._next = self._next, min(2 * self._next, MAX_PAUSE)
+        return seconds
+
+
 class LoadWatch:
     """Follows one load over as many calls as it takes; does no I/O.
 
     Args:
         on_progress: Called with each progress.
+        now: A clock in seconds that does not go back.
+
+    Attributes:
+        pause: Decides what follows a failed call, as `Resumption.pause`.
     """
 
-    def __init__(self, on_progress: Callable[[LoadProgress], None]) -> None:
+    def __init__(
+        self,
+        on_progress: Callable[[LoadProgress], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._on_progress = on_progress
-        self._answered = False
-        self._resumed = 0
+        self._resumption = Resumption(BREAKS, now)
+        self.pause = self._resumption.pause
 
     def see(self, response: pb.LoadModelResponse) -> pb.LoadModelResponse | None:
         """Takes the next message.
@@ -122,26 +192,10 @@ class LoadWatch:
         Returns:
             The message if it has the model and the load is done, else None.
         """
-        self._answered = True
+        self._resumption.answered()
         if response.HasField("progress"):
             self._on_progress(decode.load_progress(response.progress))
         return response if response.HasField("model") else None
-
-    def pause(self, error: Error) -> float:
-        """Decides what follows a failed call.
-
-        Args:
-            error: Why it failed.
-
-        Returns:
-            Seconds to wait before LoadModel is called again.
-
-        Raises:
-            Error: `error` itself, if the connection did not break in mid-load, or too often.
-        """
-        seconds = _pause(error, answered=self._answered, resumed=self._resumed)
-        self._resumed += 1
-        return seconds
 
     def unfinished(self) -> Error:
         """Makes the error for a stream that ended well, but without the model."""
@@ -153,14 +207,18 @@ class ModelWatch(Generic[T_co]):
 
     Args:
         client: Runs the forward passes of the models that are told of.
+        now: A clock in seconds that does not go back.
+
+    Attributes:
+        pause: Decides what follows a failed call, as `Resumption.pause`.
     """
 
-    def __init__(self, client: Scorer[T_co]) -> None:
+    def __init__(self, client: Scorer[T_co], now: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._models: dict[str, Model[T_co]] = {}
         self._seen = pb.WatchModelsRequest()
-        self._answered = False
-        self._resumed = 0
+        self._resumption = Resumption(math.inf, now)
+        self.pause = self._resumption.pause
 
     def request(self) -> pb.WatchModelsRequest:
         """Asks for what comes after all that was seen."""
@@ -175,7 +233,7 @@ class ModelWatch(Generic[T_co]):
         Returns:
             What has changed; None after a heartbeat.
         """
-        self._answered, self._resumed = True, 0
+        self._resumption.answered()
         if response.HasField("snapshot"):
             models = [decode.model(model, self._client) for model in response.snapshot.models]
             self._models = {model.handle: model for model in models}
@@ -190,32 +248,9 @@ class ModelWatch(Generic[T_co]):
         self._seen = pb.WatchModelsRequest(epoch=response.epoch, sequence=response.sequence)
         return Change(response.sequence, changed, tuple(self._models.values()))
 
-    def pause(self, error: Error) -> float:
-        """Decides what follows a failed call.
-
-        Args:
-            error: Why it failed.
-
-        Returns:
-            Seconds to wait before WatchModels is called again.
-
-        Raises:
-            Error: `error` itself, if the connection did not break in mid-watch, or too often.
-        """
-        seconds = _pause(error, answered=self._answered, resumed=self._resumed)
-        self._resumed += 1
-        return seconds
-
     def unfinished(self) -> Error:
         """Makes the error for a stream that ended well, as none should: the server is stopping."""
         return Unavailable("the server ended the watch; call watch() again")
-
-
-def _pause(error: Error, *, answered: bool, resumed: int) -> float:
-    broken = isinstance(error, Unavailable) and not error.reason
-    if not broken or not answered or resumed == ATTEMPTS:
-        raise error
-    return FIRST_PAUSE * 2.0**resumed
 
 
 def closed(address: str) -> Error:

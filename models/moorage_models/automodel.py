@@ -17,6 +17,7 @@ from moorage_models.config import ModelConfig
 from moorage_models.decoder import Decoder
 from moorage_models.monitor import LoadMonitor
 from moorage_models.placement import ArenaPlacer, Placer, place
+from moorage_models.provenance import require_unchanged
 from moorage_models.reading import Arrivals, LocalFiles
 from moorage_models.ring import WINDOW_BYTES, RingPlacer
 from moorage_models.sources import ModelRequest, ModelSource
@@ -126,9 +127,19 @@ def load(
         The parameters by name, and where they were read from: a folder, or a place on a hub.
 
     Raises:
-        ModelError: The source failed, the files are damaged, or the load was cancelled.
+        ModelError: The source failed, the files are damaged or have changed since the checkpoint
+            was opened, or the load was cancelled.
     """
     monitor, placer = monitor or LoadMonitor(), placer or placer_for(mesh)
+    loaded = _load(checkpoint, mesh, monitor, placer, stream)
+    require_unchanged(checkpoint.repository, checkpoint.claims)
+    return loaded
+
+
+def _load(
+    checkpoint: Checkpoint, mesh: Mesh, monitor: LoadMonitor, placer: Placer, stream: bool
+) -> tuple[dict[str, jax.Array], str]:
+    """By way of the disk, or past it."""
     repository, plan = checkpoint.repository, checkpoint.plan
     folder = repository.destination
     if checkpoint.orbax is not None:

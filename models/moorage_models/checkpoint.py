@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from moorage_models.monitor import LoadMonitor
 from moorage_models.naming import ModelNaming, preset_for
 from moorage_models.orbax_plan import find_orbax, open_tree, tree_files
 from moorage_models.plan import Plan, make_plan, preset_plan
+from moorage_models.provenance import claims_of, combine
 from moorage_models.sources import ModelRequest, Policy, Repository, open_repository
 from moorage_models.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 
@@ -31,6 +33,7 @@ class Checkpoint:
         compute_dtype: Dtype of the arithmetic.
         tokenizer: What it says of its tokenizer.
         preset_differences: Where the checkpoint's config differs from the preset of its id.
+        claims: What is known of the weights' files and the config, by name; see `provenance`.
     """
 
     request: ModelRequest
@@ -41,6 +44,21 @@ class Checkpoint:
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     preset_differences: tuple[str, ...] = ()
     orbax: str | None = None
+    claims: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def weights_digest(self) -> str:
+        """A digest over the files that the plan reads and the config: the same while those are.
+
+        It begins with what it is made from: `content:` for the files' bytes, `hub:` for digests
+        that a hub states, `revision:` for a hub's place and revision, where it states none, and
+        `stat:` for sizes, times of change and headers. Under `Policy.verify` what would be `stat:`
+        or `revision:` is `content:` once the files were read, at the end of a load. Made anew on
+        each call; empty if nothing was looked into, as for a tree that was not fetched.
+        """
+        read = {n: f"content:sha256:{d}" for n, d in self.repository.contents.items()}
+        known = {name: read.get(name, claim) for name, claim in self.claims.items()}
+        return combine(self.repository.files, known)
 
     @property
     def config(self) -> ModelConfig:
@@ -98,7 +116,17 @@ def open_checkpoint(
         differences += plan.config.differences(config)
     compute = request.compute_dtype or plan.dtype
     facts = read_tokenizer_facts(repository)
-    return Checkpoint(request, repository, naming, plan, compute, facts, tuple(differences), orbax)
+    return Checkpoint(
+        request,
+        repository,
+        naming,
+        plan,
+        compute,
+        facts,
+        tuple(differences),
+        orbax,
+        claims_of(repository, plan.files),
+    )
 
 
 def name_of(model_id: str) -> ModelNaming | None:

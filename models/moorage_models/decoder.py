@@ -42,8 +42,9 @@ def trunk(
     config: ModelConfig,
     mesh: Mesh,
     compute_dtype: DTypeLike,
+    depth: Int[Array, ""] | None = None,
 ) -> Float32[Array, "b t d"]:
-    """Hidden states after the final norm.
+    """Hidden states after the final norm, or after some layers.
 
     Args:
         params: The parameters, by name.
@@ -53,6 +54,8 @@ def trunk(
         config: The configuration.
         mesh: The device mesh, axes Auto.
         compute_dtype: Dtype of activations and products; norms, softmax and rotary are float32.
+        depth: After how many layers, 0 for the embeddings: without the final norm if there are
+            more. None for all. It is a value, so that one program serves every depth.
 
     Returns:
         The hidden states in float32.
@@ -68,12 +71,15 @@ def trunk(
 
     def body(x: Array, layer: tuple[Params, Params]) -> tuple[Array, None]:
         weights, kind = layer
-        return _layer(x, weights, kind, positions, visible, linear), None
+        y = _layer(x, weights, kind, positions, visible, linear)
+        return (y if depth is None else jnp.where(kind["index"] < depth, y, x)), None
 
     stacked = {k.removeprefix(LAYERS): v for k, v in params.items() if k.startswith(LAYERS)}
     x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, (stacked, _kinds(config)))
-    x = rms_norm(x, params["final_norm"], config.norm_eps, offset=config.norm_offset)
-    return x[:, :length]
+    normed = rms_norm(x, params["final_norm"], config.norm_eps, offset=config.norm_offset)
+    if depth is not None:
+        normed = jnp.where(depth < config.num_layers, x.astype(jnp.float32), normed)
+    return normed[:, :length]
 
 
 def logits_of(
@@ -144,12 +150,13 @@ def _norm(
 
 
 def _kinds(config: ModelConfig) -> dict[str, Array]:
-    """What tells one layer from another, stacked: window `[L]`, rotary frequencies `[L, h/2]`."""
+    """What tells layers apart: number and window `[L]`, rotary frequencies `[L, h/2]`."""
     local_theta = config.rope_local_theta or config.rope_theta
     local = rotary_frequencies(config.head_dim, local_theta, config.rope_local_scaling)
     glob = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     is_local = np.array([kind == LOCAL for kind in config.layer_kinds])
     return {
+        "index": jnp.arange(config.num_layers),
         "window": jnp.asarray(np.where(is_local, config.window or _NO_WINDOW, _NO_WINDOW)),
         "frequencies": jnp.asarray(np.where(is_local[:, None], local, glob)),
     }

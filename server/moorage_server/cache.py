@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from typing import Any
 
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
-from moorage_models.errors import ModelError
-from moorage_models.errors import Reason as ModelReason
 from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
-from moorage_server.admission import Admission
-from moorage_server.budget import Budget
 from moorage_server.changes import Changes
-from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Engine, Need
 from moorage_server.errors import Reason, ServerError
-from moorage_server.journal import Entry, Journal
+from moorage_server.journal import Journal
 from moorage_server.leases import Lease, LeaseTable
 from moorage_server.lifecycle import State
-from moorage_server.model import Model, Snapshot
+from moorage_server.loader import Loader
+from moorage_server.model import Model, Snapshot, handle_of
+from moorage_server.restoring import Restoration
+from moorage_server.tasks import start
 
 _WATCH_SECONDS = 0.1
-_PARALLEL_LOADS = 4
-
-_log = logging.getLogger(__name__)
 
 
 class ModelCache:
@@ -58,20 +48,17 @@ class ModelCache:
             now: The clock of the leases, in seconds.
             journal: Where is kept what is loaded; nowhere if None.
         """
-        self._engine = engine
         self._policy = policy
-        self.budget = Budget(engine.info().device_bytes)
-        self.leases = LeaseTable(now)
-        self.changes: Changes[Snapshot] = Changes()
-        self._journal = journal
-        self._restoring: dict[str, asyncio.Task[None]] = {}
-        self._restored: list[Entry] = []
-        self._admission = Admission(engine, self.budget, self.leases, self.models, self._let_go)
-        self._turns = asyncio.Semaphore(_PARALLEL_LOADS)
+        self._mesh = engine.info().mesh
         self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
-        self._models: dict[str, Model] = {}
-        self._load_threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
-        self.device_thread = DeviceThread()
+        self.leases = LeaseTable(now)
+        self._loader = Loader(engine, self.leases, self._changed)
+        self._restoration = Restoration(
+            journal, self.leases, self.models, lambda request: self._join(request, first=True)
+        )
+        self.budget = self._loader.budget
+        self.changes: Changes[Snapshot] = Changes()
+        self.device_thread = self._loader.device_thread
 
     async def look(self, request: ModelRequest) -> Checkpoint:
         """Looks into the source, and fetches nothing.
@@ -90,10 +77,9 @@ class ModelCache:
         if request not in self._resolving:
             monitor = LoadMonitor()
             look = asyncio.to_thread(open_checkpoint, request, self._policy, monitor=monitor)
-            task = asyncio.create_task(look)
+            task = start(look)
             self._resolving[request] = (task, monitor)
             task.add_done_callback(lambda _: self._resolving.pop(request))
-            task.add_done_callback(_retrieve)
         return await asyncio.shield(self._resolving[request][0])
 
     def resolving(self, request: ModelRequest) -> dict[str, Stage]:
@@ -144,7 +130,7 @@ class ModelCache:
 
     def models(self) -> list[Model]:
         """Every model, oldest first."""
-        return list(self._models.values())
+        return list(self._loader.models.values())
 
     def get(self, handle: str) -> Model:
         """A model by its handle.
@@ -152,7 +138,7 @@ class ModelCache:
         Raises:
             ServerError: MODEL_NOT_LOADED.
         """
-        if model := self._models.get(handle):
+        if model := self._loader.models.get(handle):
             return model
         loaded = ", ".join(f"{m.handle} ({m.checkpoint.request.model_id})" for m in self.models())
         raise ServerError(
@@ -162,24 +148,13 @@ class ModelCache:
         )
 
     def restore(self) -> None:
-        """Starts to load what the journal says was loaded, and takes over the leases.
-
-        A model whose files have changed since has another handle; its leases end.
-        """
-        assert self._journal
-        entries, leases = self._journal.read(self.leases.now())
-        for lease in leases:
-            self.leases.restore(lease)
-        self._restored = entries
-        for entry in entries:
-            task = asyncio.create_task(self._restore(entry))
-            self._restoring[entry.handle] = task
-            task.add_done_callback(_retrieve)
+        """Starts to load what the journal says was loaded, and takes over the leases."""
+        self._restoration.begin()
 
     @property
     def is_restoring(self) -> bool:
         """Whether models of the server before this one are still to come."""
-        return bool(self._restoring)
+        return self._restoration.is_running
 
     async def when_ready(self, handle: str) -> Model:
         """A model that can be run; waits for one that is being restored.
@@ -187,8 +162,7 @@ class ModelCache:
         Raises:
             ServerError: MODEL_NOT_LOADED.
         """
-        if task := self._restoring.get(handle):
-            await asyncio.wait([task])
+        await self._restoration.wait(handle)
         return self.ready(handle)
 
     def ready(self, handle: str) -> Model:
@@ -229,7 +203,7 @@ class ModelCache:
                 Reason.MODEL_LEASED,
                 f"model {handle} is leased by {holders}; wait for that, or unload it by force",
             )
-        return await asyncio.shield(self._let_go(model))
+        return await asyncio.shield(self._loader.let_go(model))
 
     def lease(self, model: Model, client: str, seconds: float) -> Lease:
         """Gives a client a lease on a model that is ready.
@@ -248,7 +222,7 @@ class ModelCache:
             ServerError: LEASE_UNKNOWN.
         """
         lease = self.leases.renew(lease_id)
-        self._keep()
+        self._restoration.changed()
         return lease
 
     def release(self, lease_id: str) -> None:
@@ -258,13 +232,14 @@ class ModelCache:
             ServerError: LEASE_UNKNOWN.
         """
         handle = self.leases.release(lease_id).handle
-        if model := self._models.get(handle):
+        if model := self._loader.models.get(handle):
             self._changed(model)
+        self._restoration.changed()  # for a model that is still to be restored, too
 
     def expire(self) -> None:
         """Tells those who watch of leases that have ended by themselves."""
         for handle in self.leases.take_expired():
-            if model := self._models.get(handle):
+            if model := self._loader.models.get(handle):
                 self._changed(model)
 
     def snapshot(self, model: Model) -> Snapshot:
@@ -274,16 +249,17 @@ class ModelCache:
 
     def estimate(self, need: Need) -> list[str] | None:
         """The handles of the models that would be evicted for another; None if it cannot fit."""
-        return self.budget.victims(need, self._admission.evictable())
+        return self.budget.victims(need, self._loader.admission.evictable())
 
     def stop(self) -> None:
         """Cancels what is being loaded or fetched, for the process is about to end."""
+        self._restoration.stop()
         looks = [monitor for _, monitor in self._resolving.values()]
         for monitor in looks + [model.monitor for model in self.models()]:
             monitor.cancel()
 
     async def _joined(self, request: ModelRequest, abandonable: bool) -> Model:
-        model = await self._join(request, abandonable)
+        model = await self._join(request, abandonable=abandonable)
         model.waiters += 1
         return model
 
@@ -292,131 +268,22 @@ class ModelCache:
         assert model.load
         model.waiters -= 1
         if model.abandonable and not model.waiters and not model.load.done():
-            self._let_go(model)
+            self._loader.let_go(model)
 
-    async def _join(self, request: ModelRequest, abandonable: bool) -> Model:
+    async def _join(
+        self, request: ModelRequest, *, abandonable: bool = False, first: bool = False
+    ) -> Model:
         checkpoint = await self.resolve(request)
-        handle = handle_of(checkpoint, self._engine.info().mesh)
-        while (model := self._models.get(handle)) and model.unload:
+        handle = handle_of(checkpoint, self._mesh)
+        if not first and handle not in self._loader.models:
+            await self._restoration.admitted()
+        while (model := self._loader.models.get(handle)) and model.unload:
             await asyncio.wait([model.unload])
         if model is None:
-            model = self._models[handle] = Model(handle, checkpoint, self._changed)
-            self._changed(model)
-            model.load = asyncio.create_task(self._load(model))
-            model.load.add_done_callback(_retrieve)
+            model = self._loader.load(handle, checkpoint)
         model.abandonable = model.abandonable and abandonable
         return model
 
-    async def _load(self, model: Model) -> None:
-        begin = time.monotonic()
-        try:
-            async with self._turns:
-                await self._admission.admit(model)
-                model.enter(State.LOADING)
-                model.device_bytes = await asyncio.get_running_loop().run_in_executor(
-                    self._load_threads,
-                    self._engine.load,
-                    model.handle,
-                    model.checkpoint,
-                    model.monitor,
-                )
-            model.enter(State.READY)
-            if model.unload:  # asked for too late to stop the load
-                model.enter(State.DRAINING)
-        except BaseException as error:
-            self._forget(model, _end_of(error))
-            if isinstance(error, asyncio.CancelledError) and model.unload:
-                model.monitor.check()  # says so to those who watch
-            raise
-        finally:
-            model.load_seconds = time.monotonic() - begin
-
     def _changed(self, model: Model) -> None:
         self.changes.add(self.snapshot(model))
-        self._keep()
-
-    def _keep(self) -> None:
-        """Writes the journal: what is ready, and what is still to be restored."""
-        if self._journal:
-            ready = [Entry(m.handle, _pinned(m)) for m in self.models() if m.state is State.READY]
-            waiting = [e for e in self._restored if e.handle in self._restoring]
-            self._journal.write([*waiting, *ready], self.leases.all(), self.leases.now())
-
-    async def _restore(self, entry: Entry) -> None:
-        try:
-            model = await self._join(entry.request, abandonable=False)
-            if model.handle != entry.handle:
-                _log.warning("%s is not what it was: its handle was %s", model.handle, entry.handle)
-                self.leases.drop(entry.handle)
-            assert model.load
-            await asyncio.wait([model.load])
-        finally:
-            del self._restoring[entry.handle]
-            self._keep()
-
-    def _let_go(self, model: Model) -> asyncio.Task[dict[int, int]]:
-        """Starts to unload a model, or joins that."""
-        if model.unload is None:
-            if model.state is State.READY:  # at once: nobody may lease or run it from here on
-                model.enter(State.DRAINING)
-            model.unload = asyncio.create_task(self._unload(model))
-            model.unload.add_done_callback(_retrieve)
-        return model.unload
-
-    async def _unload(self, model: Model) -> dict[int, int]:
-        assert model.load
-        if not model.load.done():
-            model.monitor.cancel()
-            if model.state is State.QUEUED:
-                model.load.cancel()
-            await asyncio.wait([model.load])
-        if model.state is not State.DRAINING:  # nothing is left of a load that failed
-            return {}
-        await model.idle()
-        try:
-            # On the device thread, so that an abandoned forward pass ends first.
-            return await self.device_thread.run(self._engine.unload, model.handle)
-        finally:
-            self._forget(model, State.UNLOADED)
-
-    def _forget(self, model: Model, end: State) -> None:
-        """Gives back all that a model holds."""
-        del self._models[model.handle]
-        self.budget.release(model.handle)
-        self.leases.drop(model.handle)
-        model.enter(end)
-
-
-def _end_of(error: BaseException) -> State:
-    cancelled = isinstance(error, asyncio.CancelledError) or (
-        isinstance(error, ModelError) and error.reason is ModelReason.LOAD_CANCELLED
-    )
-    return State.CANCELLED if cancelled else State.FAILED
-
-
-def _pinned(model: Model) -> ModelRequest:
-    """What was asked for, at the revision that it stood for."""
-    checkpoint = model.checkpoint
-    return replace(checkpoint.request, revision=checkpoint.repository.revision)
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Takes note of a failure that no caller may be there to see."""
-    if not task.cancelled() and (error := task.exception()):
-        _log.warning("%s", error)
-
-
-def handle_of(checkpoint: Checkpoint, mesh: dict[str, int]) -> str:
-    """A short hash of everything that decides a model's numbers and layout."""
-    request, repository = checkpoint.request, checkpoint.repository
-    fingerprint = (
-        sorted(asdict(checkpoint.config).items(), key=lambda item: item[0]),
-        request.source.value,
-        request.options,
-        repository.key,
-        repository.revision,
-        sorted((parameter.name, parameter.dtype) for parameter in checkpoint.plan.parameters),
-        checkpoint.compute_dtype,
-        sorted(mesh.items()),
-    )
-    return hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:12]
+        self._restoration.changed()

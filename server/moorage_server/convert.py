@@ -143,6 +143,7 @@ def to_model(snapshot: Snapshot, now: float) -> pb.Model:
         ],
         running_count=model.in_use,
         reserved_bytes=snapshot.reserved,
+        weights_digest=model.weights_digest,
     )
     if model.last_use:
         message.last_use_time.CopyFrom(timestamp(model.last_use))

@@ -16,6 +16,9 @@ class Reason(StrEnum):
     OUTPUT_TOO_LARGE = "OUTPUT_TOO_LARGE"
     TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"
     ROW_EMPTY = "ROW_EMPTY"
+    QUEUE_FULL = "QUEUE_FULL"
+    DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
+    WEIGHTS_VERSION_MISMATCH = "WEIGHTS_VERSION_MISMATCH"
     OUTPUT_NOT_SERVED = "OUTPUT_NOT_SERVED"
     NON_FINITE_OUTPUT = "NON_FINITE_OUTPUT"
     SERVER_DRAINING = "SERVER_DRAINING"
@@ -30,11 +33,15 @@ class ServerError(Exception):
     Attributes:
         reason: Why, from a fixed list.
         message: What was asked, what was found, what would work.
+        retry_after: Seconds after which it may be taken, or None.
         details: The parts of the message that a program may want, as strings.
     """
 
-    def __init__(self, reason: Reason, message: str, **details: str) -> None:
+    def __init__(
+        self, reason: Reason, message: str, *, retry_after: float | None = None, **details: str
+    ) -> None:
         super().__init__(f"{reason}: {message}")
         self.reason = reason
         self.message = message
+        self.retry_after = retry_after
         self.details = details

@@ -93,9 +93,16 @@ class LeaseTable:
         self._expire()
         return [lease for lease in self._leases.values() if lease.handle == handle]
 
-    def drop(self, handle: str) -> None:
-        """Ends all leases on a model that is gone."""
-        self._dropped.extend(lease.id for lease in self._leases.values() if lease.handle == handle)
+    def drop(self, handle: str, *, unloaded: bool) -> None:
+        """Ends all leases on a model that is gone.
+
+        Args:
+            handle: The model.
+            unloaded: Whether somebody wanted that, which their holders are told then; else they
+                may load it again.
+        """
+        if unloaded:
+            self._dropped.extend(x.id for x in self._leases.values() if x.handle == handle)
         self._leases = {i: lease for i, lease in self._leases.items() if lease.handle != handle}
 
     def take_expired(self) -> set[str]:

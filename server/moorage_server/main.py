@@ -6,18 +6,10 @@ import argparse
 import asyncio
 import logging
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import grpc.aio
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from moorage.v1 import moorage_pb2 as pb
-from moorage.v1 import moorage_pb2_grpc as pb_grpc
 from moorage_models.errors import ModelError
 from moorage_models.ring import WINDOW_BYTES
 from moorage_models.sources import Policy
@@ -26,24 +18,17 @@ from moorage_server.accelerator import hold_accelerators
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
 from moorage_server.engine.local import DEVICE_FRACTION, LocalEngine, keep_compiled, make_mesh
+from moorage_server.engine.outputs import OUTPUTS, PROFILES, Profile
 from moorage_server.errors import ServerError
-from moorage_server.health import report
 from moorage_server.journal import Journal
-from moorage_server.service import (
-    MAX_MESSAGE_BYTES,
-    ModelService,
-    NamingService,
-    ScoringService,
-    ServerService,
-)
-from moorage_server.status import ErrorInterceptor
+from moorage_server.scheduler import QUEUE_TOKENS
+from moorage_server.serving import make_server, serve
 
 #: Rows (per data-parallel device) and lengths that are compiled for every model.
 DEFAULT_BUCKETS = "1x128,8x128,1x512,8x512,1x2048,1x8192"
-_STOP_SECONDS = 10.0
+#: How long requests that were taken may take after SIGTERM.
+DRAIN_SECONDS = 30.0
 _MIN_WINDOW_MIB = 96  # the reads that are under way take up to 64
-
-_log = logging.getLogger("moorage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         force=True,  # packages that were imported above may have set it up already
     )
     try:
+        if args.verify and args.stream:
+            raise ValueError("--verify reads what is on the disk, --stream leaves none: choose one")
         held = hold_accelerators()
         mesh = make_mesh(_sizes(args.mesh))
         buckets = _buckets(args.buckets, mesh.shape.get("fsdp", 1))
@@ -71,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             window=_window(args.window),
             stream=args.stream,
             device_memory=_device_memory(args.device_memory),
+            profiles=_profiles(args.outputs),
         )
         keep_compiled(args.compile_cache)
     except (ModelError, ServerError, OSError, ValueError) as error:
@@ -80,70 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moorage serve: --root {missing[0]} is not a directory", file=sys.stderr)
         return 1
     places = tuple(args.allow) if args.allow else None
-    policy = Policy(roots=tuple(root.resolve() for root in args.root), places=places)
+    roots = tuple(root.resolve() for root in args.root)
+    policy = Policy(roots=roots, places=places, verify=args.verify)
     journal = Journal(args.state / "models.json") if args.state else None
     if args.restore and journal is None:
         print("moorage serve: --restore needs --state, where the journal is", file=sys.stderr)
         return 1
     try:
-        return asyncio.run(_serve(args.listen, engine, policy, journal, args.restore))
+        return asyncio.run(_serve(args, engine, policy, journal))
     finally:
         for lock in held:
             lock.release()
 
 
-def make_server(cache: ModelCache, engine: Engine, policy: Policy) -> tuple[grpc.aio.Server, Any]:
-    """A server with every service added, not yet listening, and its health service."""
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),
-            # Clients ping through long silences: a load may be quiet, a forward pass long.
-            ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
-        ],
-    )
-    pb_grpc.add_NamingServiceServicer_to_server(NamingService(cache, engine), server)
-    pb_grpc.add_ModelServiceServicer_to_server(ModelService(cache), server)
-    pb_grpc.add_ScoringServiceServicer_to_server(ScoringService(cache, engine), server)
-    pb_grpc.add_ServerServiceServicer_to_server(ServerService(cache, engine, policy), server)
-    healthy: Any = getattr(health, "aio").HealthServicer()  # noqa: B009 - untyped
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
-    reflection.enable_server_reflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-    )
-    return server, healthy
-
-
 async def _serve(
-    listen: str, engine: Engine, policy: Policy, journal: Journal | None, restore: bool
+    args: argparse.Namespace, engine: Engine, policy: Policy, journal: Journal | None
 ) -> int:
     cache = ModelCache(engine, policy, journal=journal)
-    server, healthy = make_server(cache, engine, policy)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError:
-        print(f"moorage serve: cannot listen on {listen}: is it in use?", file=sys.stderr)
-        return 1
-    if restore:
-        cache.restore()
-    await server.start()
-    reporting = asyncio.create_task(report(cache, healthy))
-    info = engine.info()
-    mesh = ",".join(f"{name}={size}" for name, size in info.mesh.items())
-    host = listen.rsplit(":", 1)[0]
-    _log.info("serving on %s:%d, mesh %s of %s", host, port, mesh, info.devices[0].kind)
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await stop.wait()
-    _log.info("stopping")
-    reporting.cancel()
-    await healthy.enter_graceful_shutdown()
-    cache.stop()
-    await server.stop(_STOP_SECONDS)
-    return 0
+    server = make_server(cache, engine, policy, args.queue_tokens)
+    return await serve(server, args.listen, args.drain_seconds, restore=args.restore)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,6 +117,27 @@ def _parser() -> argparse.ArgumentParser:
         help="shapes to compile, rows per data-parallel device x length; default: %(default)s",
     )
     parser.add_argument(
+        "--outputs",
+        default="",
+        metavar="NAMES",
+        help="outputs to serve, as logprobs,top_k: no programs are compiled for others; default: "
+        f"all, {','.join(OUTPUTS)}",
+    )
+    parser.add_argument(
+        "--queue-tokens",
+        type=int,
+        default=QUEUE_TOKENS,
+        metavar="TOKENS",
+        help="how many tokens may wait for the devices, padding included; default: %(default)s",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=DRAIN_SECONDS,
+        metavar="SECONDS",
+        help="how long requests that were taken may take after SIGTERM; default: %(default)s",
+    )
+    parser.add_argument(
         "--device-memory",
         default=str(DEVICE_FRACTION),
         metavar="AMOUNT",
@@ -192,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="bring safetensors from hubs to the devices without a copy on this machine; they are "
         "not compared with the hubs' digests then",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte of a model's files before they are loaded: compare what hubs state "
+        "with what the disk has, and tell directories by their content",
     )
     parser.add_argument(
         "--state",
@@ -236,6 +206,14 @@ def _device_memory(text: str) -> float:
             f"--device-memory {text!r}: wanted a fraction up to 1, as 0.9, or an amount, as 12GiB"
         )
     return amount * {"MiB": 1 << 20, "GiB": 1 << 30, None: 1}[match[2]]
+
+
+def _profiles(text: str) -> tuple[Profile, ...]:
+    """`logprobs,top_k` as the programs that give no others."""
+    names = text.split(",") if text else list(OUTPUTS)
+    if unknown := [name for name in names if name not in OUTPUTS]:
+        raise ValueError(f"--outputs {text!r}: {unknown[0]!r} is none of {', '.join(OUTPUTS)}")
+    return tuple(profile for profile in PROFILES if profile.outputs[-1] in names)
 
 
 def _window(mebibytes: int) -> int:

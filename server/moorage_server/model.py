@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
 from moorage_server.leases import Lease
 from moorage_server.lifecycle import NEXT, State
+
+#: The version of a model's weights; weights are not updated yet.
+WEIGHTS_VERSION = 1
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Model:
         history: When each state began, in seconds since the epoch.
         monitor: Progress of its load.
         device_bytes: Bytes of parameters by device id, once placed.
+        weights_digest: A digest of the weights, once placed.
         load_seconds: How long the load took, once it is over.
         last_use: When the last forward pass ended, or 0.
         forwards: Forward passes served.
@@ -45,6 +50,7 @@ class Model:
     history: dict[State, float] = field(default_factory=dict)
     monitor: LoadMonitor = field(default_factory=LoadMonitor)
     device_bytes: dict[int, int] = field(default_factory=dict)
+    weights_digest: str = ""
     load_seconds: float = 0.0
     last_use: float = 0.0
     forwards: int = 0
@@ -127,3 +133,19 @@ class Snapshot:
         still.history = dict(model.history)
         still.load = still.unload = None  # a task that failed keeps all that its frames refer to
         return cls(still, leases, reserved)
+
+
+def handle_of(checkpoint: Checkpoint, mesh: dict[str, int]) -> str:
+    """A short hash of everything that decides a model's numbers and layout."""
+    request, repository = checkpoint.request, checkpoint.repository
+    fingerprint = (
+        sorted(asdict(checkpoint.config).items(), key=lambda item: item[0]),
+        request.source.value,
+        request.options,
+        repository.key,
+        repository.revision,
+        sorted((parameter.name, parameter.dtype) for parameter in checkpoint.plan.parameters),
+        checkpoint.compute_dtype,
+        sorted(mesh.items()),
+    )
+    return hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:12]

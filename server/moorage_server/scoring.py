@@ -1,215 +1,256 @@
-"""Ragged rows to padded batches and back."""
+"""Batches of rows, from one request or many, and the values that come back."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from moorage_models.config import ModelConfig
-from moorage_server.engine import Batch, Bucket
-from moorage_server.engine.outputs import OUTPUTS, served
+from moorage_server.engine import Answers, Batch, Bucket, Question
+from moorage_server.engine.outputs import Profile
 from moorage_server.errors import Reason, ServerError
-
-#: The largest answer, in bytes.
-MAX_OUTPUT_BYTES = 1 << 30
+from moorage_server.requests import Part, Wanted, plan_parts
+from moorage_server.rows import Rows
 
 #: Runs one batch: see `Engine.forward`.
-Forward = Callable[[Batch, Sequence[str]], Mapping[str, np.ndarray]]
+Forward = Callable[[Batch, Sequence[Question]], Answers]
+
+_NAMED_ROWS = 20
+
+
+@dataclass
+class Timings:
+    """Where the time of a request went, in seconds."""
+
+    pad: float = 0.0
+    execute: float = 0.0
+    transfer: float = 0.0
+
+
+@dataclass
+class Work:
+    """A request on its way to its answer.
+
+    Attributes:
+        rows: The rows.
+        wanted: What is wanted of them.
+        parts: What is asked of each program of the head.
+        tensors: The answer so far: by name `[n, ...]`, packed as the entries of the parts are.
+        row_lengths: How many entries of each tensor belong to each row.
+        timings: Where the time went.
+        buckets: The shapes that rows ran in.
+        bad_rows: Rows with values that are not finite.
+    """
+
+    rows: Rows
+    wanted: Wanted
+    parts: Sequence[Part]
+    tensors: dict[str, np.ndarray]
+    row_lengths: dict[str, Int[np.ndarray, " r"]]
+    timings: Timings = field(default_factory=Timings)
+    buckets: set[Bucket] = field(default_factory=set)
+    bad_rows: set[int] = field(default_factory=set)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the answer."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def runnable(self) -> list[int]:
+        """The rows that must be run: something is wanted of them that can be said."""
+        some = np.zeros(len(self.rows.lengths), bool)
+        for part in self.parts:
+            row = np.searchsorted(part.offsets, np.flatnonzero(part.after >= 0), side="right") - 1
+            some[row] = True
+        return np.flatnonzero(some).tolist()
+
+    def put(self, part: Part, row: int, values: Mapping[str, np.ndarray]) -> None:
+        """Takes the values of one row's entries, of those where something can be said."""
+        entries = part.of(row)
+        where = part.after[entries] >= 0
+        for name in part.profile.tensors(part.names):
+            into = self.tensors[name][entries]
+            own = values[name][:, : into.shape[1]] if into.ndim > 1 else values[name]
+            into[where] = own
+            if not np.isfinite(own).all():
+                self.bad_rows.add(row)
+
+    def check(self) -> None:
+        """Raises NON_FINITE_OUTPUT, with the rows, if some values are not finite."""
+        if not self.bad_rows:
+            return
+        bad = sorted(self.bad_rows)
+        named = ", ".join(map(str, bad[:_NAMED_ROWS])) + " and more" * (len(bad) > _NAMED_ROWS)
+        raise ServerError(
+            Reason.NON_FINITE_OUTPUT,
+            f"outputs of {len(bad)} rows are not finite: {named}. The model overflows in this "
+            "compute dtype or its weights are damaged; load it with compute_dtype float32 to tell",
+            rows=named,
+        )
+
+
+def make_work(
+    rows: Rows,
+    wanted: Wanted,
+    config: ModelConfig,
+    buckets: Sequence[Bucket],
+    profiles: Sequence[Profile],
+) -> Work:
+    """Checks a request and makes room for its answer.
+
+    Raises:
+        ServerError: See `plan_parts`.
+    """
+    parts = plan_parts(rows, wanted, config, buckets, profiles)
+    tensors, lengths = {}, {}
+    for part in parts:
+        for name, tensor in part.profile.tensors(part.names).items():
+            shape = (len(part.after), *tensor.width(config, part.size))
+            nothing = wanted.first_value if tensor.dtype == "float32" else -1
+            tensors[name] = np.full(shape, nothing, tensor.dtype)
+            lengths[name] = np.diff(part.offsets)
+    return Work(rows, wanted, parts, tensors, lengths)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Ragged rows of token ids, packed one after another.
+class Piece:
+    """One row of a request, which runs as a whole.
 
     Attributes:
-        tokens: The ids of all rows.
-        segments: The segment of each token within its row, from 1.
-        lengths: Tokens of each row.
+        work: The request.
+        row: Which of its rows.
     """
 
-    tokens: Int32[np.ndarray, " t"]
-    segments: Int32[np.ndarray, " t"]
-    lengths: tuple[int, ...]
+    work: Work
+    row: int
 
     @property
-    def starts(self) -> list[int]:
-        """Where each row begins."""
-        return [0, *itertools.accumulate(self.lengths)][:-1]
+    def length(self) -> int:
+        """How many tokens it has."""
+        return self.work.rows.lengths[self.row]
 
 
-def make_rows(tokens: Sequence[int], lengths: Sequence[int], segments: Sequence[int]) -> Rows:
-    """Rows from the fields of a request; without segments every row is one.
+@dataclass(frozen=True)
+class _Entries:
+    """What one part asks of one row, and its place in the question that it is asked in."""
 
-    Raises:
-        ServerError: INVALID_REQUEST if the lengths do not add up, or a row's segments are not
-            contiguous and numbered from 1; ROW_EMPTY.
-    """
-    if not lengths:
-        raise ServerError(Reason.ROW_EMPTY, "the request holds no row", row="0")
-    for row, length in enumerate(lengths):
-        if length < 1:
-            raise ServerError(
-                Reason.ROW_EMPTY, f"row {row} holds no token; leave it out", row=str(row)
-            )
-    if sum(lengths) != len(tokens) or len(segments) not in (0, len(tokens)):
-        raise ServerError(
-            Reason.INVALID_REQUEST,
-            f"row_lengths add up to {sum(lengths)}; there are {len(tokens)} token ids and "
-            f"{len(segments)} segment ids",
-        )
-    ids = np.array(tokens, np.int32)
-    rows = Rows(ids, np.array(segments or np.ones_like(ids), np.int32), tuple(lengths))
-    for row, start in enumerate(rows.starts if segments else ()):
-        _check_segments(row, rows.segments[start : start + rows.lengths[row]])
-    return rows
+    piece: Piece
+    part: Part
+    question: int
+    span: slice
 
 
-def _check_segments(row: int, segments: np.ndarray) -> None:
-    steps = np.diff(segments, prepend=0)
-    if segments[0] != 1 or ((steps != 0) & (steps != 1)).any():
-        raise ServerError(
-            Reason.INVALID_REQUEST,
-            f"the segments of row {row} are not numbered 1, 2, ... without a gap",
-            row=str(row),
-        )
-
-
-def check_rows(
-    rows: Rows, config: ModelConfig, outputs: Sequence[str], buckets: Sequence[Bucket]
-) -> None:
-    """Refuses what cannot be computed, before any work.
-
-    Raises:
-        ServerError: TOKEN_OUT_OF_RANGE, SEQUENCE_TOO_LONG, OUTPUT_NOT_SERVED or
-            OUTPUT_TOO_LARGE.
-    """
-    bad = np.flatnonzero((rows.tokens < 0) | (rows.tokens >= config.vocab_size))
-    if bad.size:
-        row = int(np.searchsorted(rows.starts, bad[0], side="right")) - 1
-        at = int(bad[0]) - rows.starts[row]
-        raise ServerError(
-            Reason.TOKEN_OUT_OF_RANGE,
-            f"row {row} has token id {rows.tokens[bad[0]]} at position {at}; "
-            f"the vocabulary has ids 0 to {config.vocab_size - 1}",
-            row=str(row),
-            position=str(at),
-        )
-    longest = buckets[-1].length
-    for row, length in enumerate(rows.lengths):
-        if length > longest:
-            raise ServerError(
-                Reason.SEQUENCE_TOO_LONG,
-                f"row {row} has {length} tokens; the longest bucket has {longest}",
-                row=str(row),
-                limit=str(longest),
-            )
-    known = served(config)
-    if unknown := [name for name in outputs if name not in known]:
-        raise ServerError(
-            Reason.OUTPUT_NOT_SERVED,
-            f"this model does not serve {', '.join(unknown)}; it serves {', '.join(known)}",
-        )
-    size = sum(4 * len(rows.tokens) * math.prod(OUTPUTS[o].width(config)) for o in outputs)
-    if size > MAX_OUTPUT_BYTES:
-        raise ServerError(
-            Reason.OUTPUT_TOO_LARGE,
-            f"the answer would have {size} bytes; the limit is {MAX_OUTPUT_BYTES}: send fewer rows",
-            limit=str(MAX_OUTPUT_BYTES),
-        )
-
-
-def score(
-    rows: Rows,
-    config: ModelConfig,
-    outputs: Sequence[str],
-    buckets: Sequence[Bucket],
-    forward: Forward,
-) -> dict[str, np.ndarray]:
-    """Every output for every token of the rows.
+def run_batch(pieces: Sequence[Piece], bucket: Bucket, devices: int, forward: Forward) -> None:
+    """Runs rows of any requests together, and gives the values to their requests.
 
     Args:
-        rows: The rows, checked.
-        config: The model's configuration.
-        outputs: Names from the table of outputs.
-        buckets: The compiled shapes.
-        forward: Runs one batch.
-
-    Returns:
-        For each output `[tokens, ...]` in float32, packed as the rows are.
-
-    Raises:
-        ServerError: NON_FINITE_OUTPUT with the rows.
+        pieces: At most as many as the bucket has rows; all of one `layer`.
+        bucket: The shape to run in; no piece is longer.
+        devices: Over how many devices the bucket's rows are split.
+        forward: Runs the batch.
     """
-    results = {
-        name: np.empty((len(rows.tokens), *OUTPUTS[name].width(config)), np.float32)
-        for name in outputs
-    }
-    for members, bucket in plan_batches(rows.lengths, buckets):
-        values = forward(_pad(rows, members, bucket), outputs)
-        start = 0
-        for row in members:
-            stop = start + rows.lengths[row]
-            into = slice(rows.starts[row], rows.starts[row] + rows.lengths[row])
-            for name in outputs:
-                _report(results[name][into], values[name][start:stop], name, rows, into, row)
-            start = stop
-    return results
+    begin = time.perf_counter()
+    places = [_place(i, bucket.rows, devices) for i in range(len(pieces))]
+    batch = _pad(pieces, places, bucket)
+    questions, entries = _questions(pieces, places, bucket)
+    padded = time.perf_counter() - begin
+    answers = forward(batch, questions)
+    begin = time.perf_counter()
+    for entry in entries:
+        tensors = answers.tensors[entry.question]
+        values = {name: tensor[entry.span] for name, tensor in tensors.items()}
+        entry.piece.work.put(entry.part, entry.piece.row, values)
+    padded += time.perf_counter() - begin
+    for work in {id(piece.work): piece.work for piece in pieces}.values():
+        work.buckets.add(bucket)
+        work.timings.pad += padded
+        work.timings.execute += answers.execute_seconds
+        work.timings.transfer += answers.transfer_seconds
 
 
-def plan_batches(
-    lengths: Sequence[int], buckets: Sequence[Bucket]
-) -> Iterator[tuple[list[int], Bucket]]:
-    """Groups rows of one bucket length, longest first; as many as the bucket has rows at most."""
-    by_length: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        fitting = next(bucket.length for bucket in buckets if bucket.length >= length)
-        by_length.setdefault(fitting, []).append(row)
-    for fitting, members in sorted(by_length.items(), reverse=True):
-        sizes = [bucket for bucket in buckets if bucket.length == fitting]
-        while members:
-            bucket = next((b for b in sizes if b.rows >= len(members)), sizes[-1])
-            yield members[: bucket.rows], bucket
-            members = members[bucket.rows :]
+def score(work: Work, buckets: Sequence[Bucket], devices: int, forward: Forward) -> None:
+    """Runs one request by itself, its longest rows first."""
+    by_length: dict[int, list[Piece]] = {}
+    for row in work.runnable():
+        piece = Piece(work, row)
+        by_length.setdefault(length_for(piece.length, buckets), []).append(piece)
+    for length, pieces in sorted(by_length.items(), reverse=True):
+        while pieces:
+            bucket = bucket_for(len(pieces), length, buckets)
+            run_batch(pieces[: bucket.rows], bucket, devices, forward)
+            pieces = pieces[bucket.rows :]
 
 
-def _pad(rows: Rows, members: Sequence[int], bucket: Bucket) -> Batch:
+def length_for(tokens: int, buckets: Sequence[Bucket]) -> int:
+    """The length of the shortest bucket that holds a row."""
+    return next(bucket.length for bucket in buckets if bucket.length >= tokens)
+
+
+def bucket_for(rows: int, length: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The smallest bucket of a length that holds so many rows, or the largest there is."""
+    sizes = [bucket for bucket in buckets if bucket.length == length]
+    return next((bucket for bucket in sizes if bucket.rows >= rows), sizes[-1])
+
+
+def _place(i: int, rows: int, devices: int) -> int:
+    """The row of a batch that the `i`-th piece takes: one device after another."""
+    return i % devices * (rows // devices) + i // devices
+
+
+def _pad(pieces: Sequence[Piece], places: Sequence[int], bucket: Bucket) -> Batch:
     tokens, segments, positions = np.zeros((3, bucket.rows, bucket.length), np.int32)
-    for i, row in enumerate(members):
-        start, length = rows.starts[row], rows.lengths[row]
-        own = rows.segments[start : start + length]
-        tokens[i, :length] = rows.tokens[start : start + length]
-        segments[i, :length] = own
-        index = np.arange(length)
-        positions[i, :length] = index - np.maximum.accumulate(np.where(_firsts(own), index, 0))
-    return Batch(tokens, segments, positions, tuple(rows.lengths[row] for row in members))
+    for piece, place in zip(pieces, places, strict=True):
+        rows, start, length = piece.work.rows, piece.work.rows.starts[piece.row], piece.length
+        span = slice(start, start + length)
+        tokens[place, :length] = rows.tokens[span]
+        segments[place, :length] = rows.segments[span]
+        at = rows.at[span]
+        positions[place, :length] = at - np.maximum.accumulate(np.where(rows.begins[span], at, 0))
+    return Batch(tokens, segments, positions, pieces[0].work.wanted.layer)
 
 
-def _firsts(segments: np.ndarray) -> np.ndarray:
-    """Where a segment begins, within one row."""
-    firsts: np.ndarray = np.diff(segments, prepend=0) != 0
-    return firsts
+def _questions(
+    pieces: Sequence[Piece], places: Sequence[int], bucket: Bucket
+) -> tuple[list[Question], list[_Entries]]:
+    """One question for each program, and where in it each piece's entries are."""
+    asked: dict[Profile, list[Question]] = {}
+    entries: list[_Entries] = []
+    for piece, place in zip(pieces, places, strict=True):
+        for part in piece.work.parts:
+            earlier = asked.setdefault(part.profile, [])
+            start = sum(len(question.after) for question in earlier)
+            earlier.append(_question(part, piece.row, place * bucket.length))
+            span = slice(start, start + len(earlier[-1].after))
+            entries.append(_Entries(piece, part, list(asked).index(part.profile), span))
+    return [_joined(questions) for questions in asked.values()], entries
 
 
-def _report(
-    into: np.ndarray, values: np.ndarray, name: str, rows: Rows, span: slice, row: int
-) -> None:
-    """Copies one row's values to the tokens that they are about."""
-    if OUTPUTS[name].about_next:
-        into[1:] = values[:-1]
-        known = ~_firsts(rows.segments[span])
-        into[~known] = np.nan
-    else:
-        into[...] = values
-        known = np.ones(len(into), bool)
-    if not np.isfinite(into[known]).all():
-        raise ServerError(
-            Reason.NON_FINITE_OUTPUT,
-            f"{name} of row {row} is not finite: the model overflows in this compute dtype or its "
-            "weights are damaged; load it with compute_dtype float32 to tell",
-            row=str(row),
-        )
+def _question(part: Part, row: int, start: int) -> Question:
+    """What a part asks of a row that begins at some place of a batch."""
+    own = part.of(row)
+    known = np.flatnonzero(part.after[own] >= 0) + own.start
+    candidates = np.zeros((len(known), part.profile.candidates), np.int32)
+    sets = part.candidates[known] if len(part.candidates) > 1 else part.candidates
+    candidates[:, : sets.shape[1]] = sets
+    return Question(
+        part.profile,
+        part.after[known] + np.int32(start),
+        part.targets[known],
+        np.full(len(known), part.temperature, np.float32),
+        candidates,
+    )
+
+
+def _joined(questions: Sequence[Question]) -> Question:
+    """Several questions of one program as one."""
+    return Question(
+        questions[0].profile,
+        np.concatenate([question.after for question in questions]),
+        np.concatenate([question.targets for question in questions]),
+        np.concatenate([question.temperatures for question in questions]),
+        np.concatenate([question.candidates for question in questions]),
+    )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-import google_crc32c
 import grpc.aio
-import numpy as np
 
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
@@ -20,17 +18,23 @@ from moorage_models.families import FAMILIES, PRESETS
 from moorage_models.naming import ModelNaming, find_preset
 from moorage_models.plan import Plan, preset_plan
 from moorage_models.sources import SOURCES, Policy
-from moorage_server import __version__, convert
+from moorage_server import __version__, answering, convert
+from moorage_server.answers import RETAINED_BYTES, RETENTION_SECONDS
 from moorage_server.cache import ModelCache
-from moorage_server.engine import Bucket, Engine
-from moorage_server.engine.outputs import OUTPUTS
+from moorage_server.draining import Draining
+from moorage_server.engine import Engine
+from moorage_server.engine.outputs import OUTPUTS, served
+from moorage_server.errors import Reason, ServerError
+from moorage_server.jobs import Job
 from moorage_server.leases import check_seconds
 from moorage_server.lifecycle import State
-from moorage_server.model import Model
-from moorage_server.scoring import MAX_OUTPUT_BYTES, Rows, check_rows, make_rows, score
+from moorage_server.model import WEIGHTS_VERSION, Model
+from moorage_server.requests import MAX_OUTPUT_BYTES
+from moorage_server.rows import make_rows
+from moorage_server.scheduler import Scheduler
+from moorage_server.scoring import make_work
 
 MAX_MESSAGE_BYTES = 4 << 20
-CHUNK_BYTES = 1 << 20
 _HEARTBEAT_SECONDS = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -106,19 +110,25 @@ class NamingService(pb_grpc.NamingServiceServicer):
 class ModelService(pb_grpc.ModelServiceServicer):
     """Loads, lists and unloads."""
 
-    def __init__(self, cache: ModelCache) -> None:
+    def __init__(self, cache: ModelCache, draining: Draining) -> None:
         self._cache = cache
+        self._draining = draining
 
     async def LoadModel(  # noqa: N802
         self, request: pb.LoadModelRequest, context: Context
     ) -> AsyncIterator[pb.LoadModelResponse]:
         """Joins or starts a load; it goes on when its callers leave, unless they want otherwise."""
+        self._draining.check()
         lease_seconds, model = _lease_seconds(request), None
         while model is None or model.state is not State.READY:  # evicted as this one came
             started: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
-            async with aclosing(self._wait(request, started)) as wait:
-                async for progress in wait:
-                    yield pb.LoadModelResponse(progress=progress)
+            try:
+                async with aclosing(self._wait(request, started)) as wait:
+                    async for progress in wait:
+                        yield pb.LoadModelResponse(progress=progress)
+            except ModelError:
+                self._draining.check()  # it was cancelled for that, and can be asked for again
+                raise
             model = started.result()
         response = pb.LoadModelResponse()
         if lease_seconds:  # before anything else may run: from here on nobody waits for it
@@ -227,54 +237,87 @@ def _lease_seconds(request: pb.LoadModelRequest) -> float:
 class ScoringService(pb_grpc.ScoringServiceServicer):
     """Runs forward passes."""
 
-    def __init__(self, cache: ModelCache, engine: Engine) -> None:
+    def __init__(
+        self, cache: ModelCache, engine: Engine, scheduler: Scheduler, draining: Draining
+    ) -> None:
         self._cache = cache
-        self._engine = engine
+        self._info = engine.info()
+        self._scheduler = scheduler
+        self._draining = draining
 
     async def Forward(  # noqa: N802
         self, request: pb.ForwardRequest, context: Context
     ) -> AsyncIterator[pb.ForwardResponse]:
-        """Scores ragged rows."""
-        model = await self._cache.when_ready(request.handle)
-        outputs = [name for name in OUTPUTS if getattr(request.outputs, name)] or ["logprobs"]
-        rows = make_rows(request.token_ids, request.row_lengths, request.segment_ids)
-        check_rows(rows, model.checkpoint.config, outputs, self._buckets(model))
-        with model.use(len(rows.tokens)):
-            queued = time.monotonic()
-            started, ended, values = await self._cache.device_thread.run(
-                self._score, model, rows, outputs
+        """Takes a request, or finds it again, and streams its answer."""
+        self._draining.check()
+        fingerprint = answering.fingerprint(request)
+        job = self._scheduler.find(request.request_id, fingerprint)
+        if job is None:
+            model = await self._cache.when_ready(request.handle)
+            self._draining.check()
+            job = self._scheduler.take(
+                self._job(model, request, context.peer()),
+                fingerprint=fingerprint,
+                seconds_left=context.time_remaining(),
             )
-        header = _header(model, values)
-        header.queue_time.CopyFrom(convert.duration(started - queued))
-        header.execute_time.CopyFrom(convert.duration(ended - started))
-        yield pb.ForwardResponse(header=header)
-        for chunk in _chunks(list(values.values())):
-            yield pb.ForwardResponse(chunk=chunk)
+        with self._scheduler.waiting(job):
+            async with aclosing(self._finish(job)) as progress:
+                async for response in progress:
+                    yield response
+            work = job.result()
+            chunks = answering.chunks(list(work.tensors.values()), request.received_bytes)
+            yield pb.ForwardResponse(header=answering.header(job, self._info))
+            for chunk in chunks:
+                yield pb.ForwardResponse(chunk=chunk)
 
-    def _score(
-        self, model: Model, rows: Rows, outputs: Sequence[str]
-    ) -> tuple[float, float, dict[str, np.ndarray]]:
-        """Runs on the device thread; with the times of its beginning and end."""
-        begin = time.monotonic()
-        values = score(
-            rows,
-            model.checkpoint.config,
-            outputs,
-            self._buckets(model),
-            lambda batch, names: self._engine.forward(model.handle, batch, names),
-        )
-        return begin, time.monotonic(), values
+    async def _finish(self, job: Job) -> AsyncGenerator[pb.ForwardResponse, None]:
+        """Waits for a request, with signs of life."""
+        if job.finished.is_set():
+            return
+        finished = asyncio.create_task(job.finished.wait())
+        rows = len(job.work.rows.lengths)
+        try:
+            with job.model.use(len(job.work.rows.tokens)):
+                while not (await asyncio.wait([finished], timeout=_HEARTBEAT_SECONDS))[0]:
+                    progress = pb.ForwardProgress(
+                        rows_done=rows - job.rows_left,
+                        rows=rows,
+                        queued_tokens=self._scheduler.queue.tokens,
+                    )
+                    yield pb.ForwardResponse(progress=progress)
+                job.result()  # a pass that failed is not counted
+        finally:
+            finished.cancel()
 
-    def _buckets(self, model: Model) -> Sequence[Bucket]:
-        return self._engine.info().buckets_for(model.checkpoint.config.max_position)
+    def _job(self, model: Model, request: pb.ForwardRequest, client: str) -> Job:
+        """Checks a request against its model.
+
+        Raises:
+            ServerError: WEIGHTS_VERSION_MISMATCH, or whatever is wrong with the request.
+        """
+        if request.expected_weights_version not in (0, WEIGHTS_VERSION):
+            raise ServerError(
+                Reason.WEIGHTS_VERSION_MISMATCH,
+                f"version {request.expected_weights_version} of the weights is expected; model "
+                f"{model.handle} has version {WEIGHTS_VERSION}",
+            )
+        config = model.checkpoint.config
+        buckets = self._info.buckets_for(config.max_position)
+        rows = make_rows(request.token_ids, request.row_lengths, request.segment_ids)
+        profiles = served(config, self._info.profiles)
+        work = make_work(rows, answering.to_wanted(request), config, buckets, profiles)
+        return Job(model, client, work, buckets, request.request_id)
 
 
 class ServerService(pb_grpc.ServerServiceServicer):
     """Describes the server."""
 
-    def __init__(self, cache: ModelCache, engine: Engine, policy: Policy) -> None:
+    def __init__(
+        self, cache: ModelCache, engine: Engine, policy: Policy, scheduler: Scheduler
+    ) -> None:
         self._cache = cache
         self._engine = engine
+        self._scheduler = scheduler
         self._policy = policy
         self._started = time.time()
 
@@ -302,9 +345,12 @@ class ServerService(pb_grpc.ServerServiceServicer):
                 max_message_bytes=MAX_MESSAGE_BYTES,
                 max_sequence_length=info.buckets[-1].length,
                 max_output_bytes=MAX_OUTPUT_BYTES,
+                max_queued_tokens=self._scheduler.queue.capacity,
+                answer_retention=convert.duration(RETENTION_SECONDS),
+                max_retained_bytes=RETAINED_BYTES,
             ),
             sources=[convert.source_name(source) for source in sources],
-            outputs=list(OUTPUTS),
+            outputs=[name for name in OUTPUTS if any(name in p.outputs for p in info.profiles)],
             start_time=convert.timestamp(self._started),
             memory=pb.Memory(
                 budget_bytes=self._cache.budget.capacity,
@@ -312,6 +358,8 @@ class ServerService(pb_grpc.ServerServiceServicer):
                 live_bytes=convert.to_device_bytes(self._engine.live_bytes()),
                 host_pool_bytes=self._engine.pool_bytes(),
             ),
+            profiles=[pb.OutputProfile(outputs=p.outputs, size=p.size) for p in info.profiles],
+            compiles_after_ready=self._engine.compiles_after_ready(),
         )
 
 
@@ -327,30 +375,3 @@ def _refused(model_id: str, error: ModelError) -> pb.ResolveNameResponse:
         reason=str(error.reason),
         message=error.message,
     )
-
-
-def _header(model: Model, values: Mapping[str, np.ndarray]) -> pb.ForwardHeader:
-    checkpoint = model.checkpoint
-    return pb.ForwardHeader(
-        handle=model.handle,
-        model_id=checkpoint.request.model_id,
-        revision=checkpoint.repository.revision,
-        dtype=checkpoint.plan.dtype,
-        compute_dtype=checkpoint.compute_dtype,
-        tensors=[
-            pb.TensorHeader(name=name, dtype=value.dtype.name, shape=value.shape)
-            for name, value in values.items()
-        ],
-        semantics=pb.Semantics(temperature=1.0, head_dtype="float32", first_token="nan"),
-    )
-
-
-def _chunks(values: Sequence[np.ndarray]) -> Iterator[pb.TensorChunk]:
-    """The tensors' little-endian bytes in order, in runs with checksums."""
-    for tensor, value in enumerate(values):
-        little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
-        view = memoryview(little.reshape(-1).view(np.uint8).data)
-        for offset in range(0, len(view), CHUNK_BYTES):
-            data = bytes(view[offset : offset + CHUNK_BYTES])
-            checksum = google_crc32c.value(data)
-            yield pb.TensorChunk(tensor=tensor, offset=offset, crc32c=checksum, data=data)

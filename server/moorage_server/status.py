@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from moorage_models.errors import ModelError
+from moorage_server.convert import duration
 from moorage_server.errors import Reason, ServerError
 
 DOMAIN = "moorage"
@@ -50,6 +51,9 @@ CODES: dict[str, grpc.StatusCode] = {
     "OUTPUT_TOO_LARGE": grpc.StatusCode.INVALID_ARGUMENT,
     "TOKEN_OUT_OF_RANGE": grpc.StatusCode.INVALID_ARGUMENT,
     "ROW_EMPTY": grpc.StatusCode.INVALID_ARGUMENT,
+    "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "DEADLINE_TOO_SHORT": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "WEIGHTS_VERSION_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
     "OUTPUT_NOT_SERVED": grpc.StatusCode.FAILED_PRECONDITION,
     "NON_FINITE_OUTPUT": grpc.StatusCode.INTERNAL,
     "SERVER_DRAINING": grpc.StatusCode.UNAVAILABLE,
@@ -72,10 +76,17 @@ def status_of(error: Exception) -> status_pb2.Status:
         _log.error("unexpected error %s", number, exc_info=error)
         reason, metadata = "INTERNAL", {"error_id": number}
         message = f"a bug in the server; its log has the details under {number}"
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    details = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)]
+    if isinstance(error, ServerError) and error.retry_after is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after)))
     code = CODES[reason].value[0]
-    return status_pb2.Status(code=code, message=_short(message), details=[detail])
+    return status_pb2.Status(code=code, message=_short(message), details=map(_packed, details))
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
 
 
 def _short(message: str) -> str:

@@ -25,6 +25,11 @@ and an index) and `golden.npz`. A case is a batch of B rows of T tokens; for eac
     <case>/bf16_error  float32 []         mean absolute difference of a bfloat16 run, loaded with
                                           dtype="bfloat16", over the tokens that are not padding
 
+`plain` has, beside those,
+
+    plain/hidden        float32 [2, B, T, D]  after half of the layers, and after the final norm
+    plain/hidden_noise  float32 [2]           their largest difference from the float64 run
+
 and the cases are `plain`, `right_pad`, `left_pad`, `long` (longer than the window of 8 and than
 the original rotary length of 32) and `packed`.
 """
@@ -135,6 +140,14 @@ def run(model: hf.PreTrainedModel, tokens: np.ndarray, **inputs: np.ndarray) -> 
     return model(**arguments).logits.double().numpy()
 
 
+@torch.no_grad()
+def run_hidden(model: hf.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """Hidden states float64 [2, B, T, D] of rows that are one segment each."""
+    inputs = {"input_ids": torch.from_numpy(tokens).long(), "use_cache": False}
+    found = model.model(**inputs, output_hidden_states=True).hidden_states
+    return np.stack([x.double().numpy() for x in (found[len(found) // 2], found[-1])])
+
+
 def run_alone(model: hf.PreTrainedModel, case: dict[str, np.ndarray]) -> np.ndarray:
     """Each segment by itself, which is what the segments mean; 0 at padding."""
     rows = []
@@ -180,6 +193,17 @@ def reference_runs(
     return case | {name: np.float32(value) for name, value in results.items()}
 
 
+def reference_hidden(
+    models: dict[str, hf.PreTrainedModel], tokens: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What `golden.npz` has of hidden states."""
+    single = run_hidden(models["float32"], tokens)
+    with only_float64():
+        double = run_hidden(models["float64"], tokens)
+    noise = np.abs(single - double).max(axis=(1, 2, 3))
+    return {"hidden": single.astype(np.float32), "hidden_noise": noise.astype(np.float32)}
+
+
 def load(variant: Variant, folder: pathlib.Path) -> dict[str, hf.PreTrainedModel]:
     """The stored checkpoint, to run in each dtype."""
     models = {}
@@ -202,6 +226,7 @@ def make(name: str, out: pathlib.Path) -> None:
     models = load(variant, folder)
     rng = np.random.default_rng(seed)
     golden = {case: reference_runs(models, draw_case(rows, rng)) for case, rows in CASES.items()}
+    golden["plain"] |= reference_hidden(models, golden["plain"]["tokens"])
     arrays = {f"{case}/{key}": a for case, entries in golden.items() for key, a in entries.items()}
     np.savez_compressed(folder / "golden.npz", **arrays)
     print(

@@ -54,6 +54,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_ACCELERATOR_BUSY: _ClassVar[ErrorReason]
     ERROR_REASON_INVALID_REQUEST: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_DEADLINE_TOO_SHORT: _ClassVar[ErrorReason]
 
 class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -66,6 +67,23 @@ class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_STATE_UNLOADED: _ClassVar[ModelState]
     MODEL_STATE_FAILED: _ClassVar[ModelState]
     MODEL_STATE_CANCELLED: _ClassVar[ModelState]
+
+class FirstToken(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FIRST_TOKEN_UNSPECIFIED: _ClassVar[FirstToken]
+    FIRST_TOKEN_NAN: _ClassVar[FirstToken]
+    FIRST_TOKEN_ZERO: _ClassVar[FirstToken]
+
+class LogitScale(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOGIT_SCALE_UNSPECIFIED: _ClassVar[LogitScale]
+    LOGIT_SCALE_RAW: _ClassVar[LogitScale]
+    LOGIT_SCALE_SCALED: _ClassVar[LogitScale]
+
+class SegmentMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SEGMENT_MODE_UNSPECIFIED: _ClassVar[SegmentMode]
+    SEGMENT_MODE_ISOLATED: _ClassVar[SegmentMode]
 MODEL_SOURCE_UNSPECIFIED: ModelSource
 MODEL_SOURCE_HUGGINGFACE: ModelSource
 MODEL_SOURCE_KAGGLE: ModelSource
@@ -104,6 +122,7 @@ ERROR_REASON_NON_FINITE_OUTPUT: ErrorReason
 ERROR_REASON_ACCELERATOR_BUSY: ErrorReason
 ERROR_REASON_INVALID_REQUEST: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_QUEUED: ModelState
 MODEL_STATE_RESOLVING: ModelState
@@ -113,6 +132,14 @@ MODEL_STATE_DRAINING: ModelState
 MODEL_STATE_UNLOADED: ModelState
 MODEL_STATE_FAILED: ModelState
 MODEL_STATE_CANCELLED: ModelState
+FIRST_TOKEN_UNSPECIFIED: FirstToken
+FIRST_TOKEN_NAN: FirstToken
+FIRST_TOKEN_ZERO: FirstToken
+LOGIT_SCALE_UNSPECIFIED: LogitScale
+LOGIT_SCALE_RAW: LogitScale
+LOGIT_SCALE_SCALED: LogitScale
+SEGMENT_MODE_UNSPECIFIED: SegmentMode
+SEGMENT_MODE_ISOLATED: SegmentMode
 
 class ModelSpec(_message.Message):
     __slots__ = ("model_id", "source", "model_path", "revision", "model_download_path", "dtype", "compute_dtype", "options")
@@ -318,7 +345,7 @@ class LoadProgress(_message.Message):
     def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., stages: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., waiters: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes")
+    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes", "weights_digest")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +368,7 @@ class Model(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     handle: str
     state: ModelState
     name: ModelName
@@ -363,7 +391,8 @@ class Model(_message.Message):
     history: _containers.RepeatedCompositeFieldContainer[StateChange]
     running_count: int
     reserved_bytes: int
-    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
+    weights_digest: str
+    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., weights_digest: _Optional[str] = ...) -> None: ...
 
 class StateChange(_message.Message):
     __slots__ = ("state", "time")
@@ -474,39 +503,81 @@ class ModelList(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class OutputSpec(_message.Message):
-    __slots__ = ("logprobs", "logits")
-    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    LOGITS_FIELD_NUMBER: _ClassVar[int]
-    logprobs: bool
-    logits: bool
-    def __init__(self, logprobs: bool = ..., logits: bool = ...) -> None: ...
+    __slots__ = ("names", "top_k", "candidates", "layer", "positions")
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    top_k: int
+    candidates: Candidates
+    layer: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., candidates: _Optional[_Union[Candidates, _Mapping]] = ..., layer: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Candidates(_message.Message):
+    __slots__ = ("ids", "ids_by_position", "count")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    IDS_BY_POSITION_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    ids_by_position: bytes
+    count: int
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., ids_by_position: _Optional[bytes] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Semantics(_message.Message):
+    __slots__ = ("temperature", "head_dtype", "first_token", "logit_scale", "segments")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_SCALE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    head_dtype: str
+    first_token: FirstToken
+    logit_scale: LogitScale
+    segments: SegmentMode
+    def __init__(self, temperature: _Optional[float] = ..., head_dtype: _Optional[str] = ..., first_token: _Optional[_Union[FirstToken, str]] = ..., logit_scale: _Optional[_Union[LogitScale, str]] = ..., segments: _Optional[_Union[SegmentMode, str]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("handle", "token_ids", "row_lengths", "segment_ids", "outputs")
+    __slots__ = ("handle", "token_ids", "row_lengths", "segment_ids", "outputs", "semantics", "from_positions", "expected_weights_version", "request_id", "received_bytes")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    SEMANTICS_FIELD_NUMBER: _ClassVar[int]
+    FROM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     handle: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     row_lengths: _containers.RepeatedScalarFieldContainer[int]
     segment_ids: _containers.RepeatedScalarFieldContainer[int]
     outputs: OutputSpec
-    def __init__(self, handle: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ..., segment_ids: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Union[OutputSpec, _Mapping]] = ...) -> None: ...
+    semantics: Semantics
+    from_positions: _containers.RepeatedScalarFieldContainer[int]
+    expected_weights_version: int
+    request_id: str
+    received_bytes: int
+    def __init__(self, handle: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ..., segment_ids: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Union[OutputSpec, _Mapping]] = ..., semantics: _Optional[_Union[Semantics, _Mapping]] = ..., from_positions: _Optional[_Iterable[int]] = ..., expected_weights_version: _Optional[int] = ..., request_id: _Optional[str] = ..., received_bytes: _Optional[int] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
-    __slots__ = ("name", "dtype", "shape")
+    __slots__ = ("name", "dtype", "shape", "row_lengths")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    row_lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., row_lengths: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardHeader(_message.Message):
-    __slots__ = ("handle", "model_id", "revision", "dtype", "compute_dtype", "tensors", "queue_time", "execute_time", "semantics")
+    __slots__ = ("handle", "model_id", "revision", "dtype", "compute_dtype", "tensors", "queue_time", "execute_time", "semantics", "weights_digest", "weights_version", "mesh", "buckets", "pad_time", "transfer_time", "request_id", "server_version")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -516,6 +587,14 @@ class ForwardHeader(_message.Message):
     QUEUE_TIME_FIELD_NUMBER: _ClassVar[int]
     EXECUTE_TIME_FIELD_NUMBER: _ClassVar[int]
     SEMANTICS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MESH_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    PAD_TIME_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TIME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     handle: str
     model_id: str
     revision: str
@@ -525,17 +604,25 @@ class ForwardHeader(_message.Message):
     queue_time: _duration_pb2.Duration
     execute_time: _duration_pb2.Duration
     semantics: Semantics
-    def __init__(self, handle: _Optional[str] = ..., model_id: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., queue_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., semantics: _Optional[_Union[Semantics, _Mapping]] = ...) -> None: ...
+    weights_digest: str
+    weights_version: int
+    mesh: _containers.RepeatedCompositeFieldContainer[MeshAxis]
+    buckets: _containers.RepeatedCompositeFieldContainer[Bucket]
+    pad_time: _duration_pb2.Duration
+    transfer_time: _duration_pb2.Duration
+    request_id: str
+    server_version: str
+    def __init__(self, handle: _Optional[str] = ..., model_id: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., queue_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., semantics: _Optional[_Union[Semantics, _Mapping]] = ..., weights_digest: _Optional[str] = ..., weights_version: _Optional[int] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., pad_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., transfer_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., request_id: _Optional[str] = ..., server_version: _Optional[str] = ...) -> None: ...
 
-class Semantics(_message.Message):
-    __slots__ = ("temperature", "head_dtype", "first_token")
-    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
-    HEAD_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    temperature: float
-    head_dtype: str
-    first_token: str
-    def __init__(self, temperature: _Optional[float] = ..., head_dtype: _Optional[str] = ..., first_token: _Optional[str] = ...) -> None: ...
+class ForwardProgress(_message.Message):
+    __slots__ = ("rows_done", "rows", "queued_tokens")
+    ROWS_DONE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    rows_done: int
+    rows: int
+    queued_tokens: int
+    def __init__(self, rows_done: _Optional[int] = ..., rows: _Optional[int] = ..., queued_tokens: _Optional[int] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("tensor", "offset", "crc32c", "data")
@@ -550,12 +637,14 @@ class TensorChunk(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "progress")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     header: ForwardHeader
     chunk: TensorChunk
-    def __init__(self, header: _Optional[_Union[ForwardHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
+    progress: ForwardProgress
+    def __init__(self, header: _Optional[_Union[ForwardHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., progress: _Optional[_Union[ForwardProgress, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
@@ -588,17 +677,31 @@ class Bucket(_message.Message):
     def __init__(self, rows: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes")
+    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes", "max_queued_tokens", "answer_retention", "max_retained_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_RETENTION_FIELD_NUMBER: _ClassVar[int]
+    MAX_RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_sequence_length: int
     max_output_bytes: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ...) -> None: ...
+    max_queued_tokens: int
+    answer_retention: _duration_pb2.Duration
+    max_retained_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., answer_retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_retained_bytes: _Optional[int] = ...) -> None: ...
+
+class OutputProfile(_message.Message):
+    __slots__ = ("outputs", "size")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    size: int
+    def __init__(self, outputs: _Optional[_Iterable[str]] = ..., size: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time", "memory")
+    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time", "memory", "profiles", "compiles_after_ready")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
@@ -609,6 +712,8 @@ class GetServerInfoResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    COMPILES_AFTER_READY_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     devices: _containers.RepeatedCompositeFieldContainer[Device]
@@ -619,7 +724,9 @@ class GetServerInfoResponse(_message.Message):
     outputs: _containers.RepeatedScalarFieldContainer[str]
     start_time: _timestamp_pb2.Timestamp
     memory: Memory
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+    profiles: _containers.RepeatedCompositeFieldContainer[OutputProfile]
+    compiles_after_ready: int
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., profiles: _Optional[_Iterable[_Union[OutputProfile, _Mapping]]] = ..., compiles_after_ready: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("budget_bytes", "reserved_bytes", "live_bytes", "host_pool_bytes")

@@ -512,8 +512,8 @@ class ScoringServiceServicer(object):
     """
 
     def Forward(self, request, context):
-        """Forward scores ragged rows of token ids. The first message is the header, which lists the
-        tensors; then their bytes follow in order, in chunks.
+        """Forward scores ragged rows of token ids. Progress comes once a second until the work is done;
+        then the header, which lists the tensors, and their bytes in order, in chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -14,6 +14,7 @@ from moorage_models.errors import ModelError, Reason
 from moorage_models.sources.record import RemoteFile
 
 _PIECE_BYTES = 8 << 20
+_GIT = "git"  # SHA-1 over a header that has the size, and the bytes
 
 
 @runtime_checkable
@@ -45,7 +46,35 @@ ALGORITHMS: Mapping[str, Callable[[], Digest]] = {
     "sha256": hashlib.sha256,
     "md5": lambda: hashlib.md5(usedforsecurity=False),
     "crc32c": _Crc32c,
+    _GIT: lambda: hashlib.sha1(usedforsecurity=False),
 }
+
+
+def digest_of(path: Path, name: str, algorithm: str, progress: Callable[[int], None]) -> str:
+    """The digest of a file, in hexadecimal.
+
+    Args:
+        path: The file.
+        name: Its name, for the message.
+        algorithm: One of `ALGORITHMS`.
+        progress: Told of the bytes that were read; what it raises ends the reading.
+
+    Raises:
+        ModelError: CHECKPOINT_CORRUPT if the file cannot be read.
+    """
+    digest = ALGORITHMS[algorithm]()
+    try:
+        with open(path, "rb") as content:
+            if algorithm == _GIT:
+                digest.update(b"blob %d\0" % os.fstat(content.fileno()).st_size)
+            while piece := content.read(_PIECE_BYTES):
+                digest.update(piece)
+                progress(len(piece))
+    except OSError as error:
+        raise ModelError(
+            Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}"
+        ) from error
+    return digest.hexdigest()
 
 
 def verify(
@@ -64,7 +93,7 @@ def verify(
         The file, verified.
 
     Raises:
-        ModelError: CHECKPOINT_CORRUPT if the size or the digest differs.
+        ModelError: CHECKPOINT_CORRUPT if the size or the digest differs, or it cannot be read.
     """
     stat = os.stat(path)
     if (stat.st_size, stat.st_mtime_ns) == (file.size, file.verified_ns):
@@ -72,12 +101,7 @@ def verify(
     algorithm, _, stated = file.digest.partition(":")
     found = ""
     if stated and stat.st_size == file.size:
-        digest = ALGORITHMS[algorithm]()
-        with open(path, "rb") as content:
-            while piece := content.read(_PIECE_BYTES):
-                digest.update(piece)
-                progress(len(piece))
-        found = digest.hexdigest()
+        found = digest_of(path, name, algorithm, progress)
     if stat.st_size != file.size or found != stated:
         _remove(path)
         raise ModelError(

@@ -65,6 +65,10 @@ class CloudStorage:
             name, self._generation(name), range(start, stop), lambda _: None
         )
 
+    def stated(self, name: str) -> str:
+        """Nothing more: the list has all digests."""
+        return ""
+
     def bring(self, name: str, target: Path, progress: FileProgress) -> str:
         """Downloads a file, if it is not there, from where an earlier attempt ended."""
         if target.exists():
@@ -165,7 +169,9 @@ def open_bucket(request: ModelRequest, policy: Policy) -> RemoteRepository:
 
     def at(revision: str, held: Held, objects: dict[str, Object]) -> RemoteRepository:
         hub = CloudStorage(prefix, revision, records, objects)
-        return RemoteRepository(hub, prefix.key, asked, revision, hub.folder, records, held)
+        return RemoteRepository(
+            hub, prefix.key, asked, revision, hub.folder, records, held, policy.verify
+        )
 
     def current() -> RemoteRepository:
         objects = prefix.objects()

@@ -15,7 +15,8 @@ from moorage_models.sources.record import Held, Records, RemoteFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+#: The digests by which the cache names the blobs of large files, and of others.
+_BLOBS = {"sha256": re.compile(r"[0-9a-f]{64}"), "git": COMMIT}
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,6 @@ def _is_free(lock: Path) -> bool:
 
 
 def _digest(path: Path) -> str:
-    """The digest by which the hub's cache names the blob that a large file is a link to."""
+    """The digest by which the hub's cache names the blob that a file is a link to."""
     name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-    return f"sha256:{name}" if _SHA256.fullmatch(name) else ""
+    return next((f"{kind}:{name}" for kind, form in _BLOBS.items() if form.fullmatch(name)), "")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import _xet, build_hf_headers  # type: ignore[attr-defined]
 
 from moorage_models.errors import ModelError, Reason
@@ -66,6 +67,10 @@ class HuggingFace:
                         break
         return bytes(content[: stop - start])
 
+    def stated(self, name: str) -> str:
+        """Nothing more: the list has all digests."""
+        return ""
+
     def bring(self, name: str, target: Path, progress: FileProgress) -> str:
         """Downloads a file, if it is not there, to where the client keeps it."""
         huggingface_hub.hf_hub_download(
@@ -79,7 +84,7 @@ class HuggingFace:
 
     def holds(self, file: RemoteFile) -> bool:
         """Whether the cache has the file's blob from another commit."""
-        digest = file.digest.removeprefix("sha256:")
+        digest = file.digest.partition(":")[2]
         return bool(digest) and (self.cache.home / "blobs" / digest).exists()
 
     def abort(self) -> None:
@@ -121,7 +126,9 @@ def open_hub(request: ModelRequest, policy: Policy) -> RemoteRepository:
     def at(commit: str, held: Held) -> RemoteRepository:
         hub = HuggingFace(repo_id, commit, cache)
         folder = cache.folder(commit)
-        return RemoteRepository(hub, repo_id, asked, commit, folder, cache.records, held)
+        return RemoteRepository(
+            hub, repo_id, asked, commit, folder, cache.records, held, policy.verify
+        )
 
     def current() -> RemoteRepository:
         info = _info(repo_id, asked)
@@ -145,7 +152,14 @@ def _info(repo_id: str, revision: str) -> huggingface_hub.ModelInfo:
 def _listing(info: huggingface_hub.ModelInfo) -> dict[str, RemoteFile]:
     """The files of a commit; a name that leads out of a folder is not listed."""
     return {
-        file.rfilename: RemoteFile(file.size or 0, f"sha256:{file.lfs.sha256}" if file.lfs else "")
+        file.rfilename: RemoteFile(file.size or 0, _digest(file))
         for file in info.siblings or ()
         if within(file.rfilename)
     }
+
+
+def _digest(file: RepoSibling) -> str:
+    """The SHA-256 of a large file, which git has by a pointer only; of others git's own digest."""
+    if file.lfs:
+        return f"sha256:{file.lfs.sha256}"
+    return f"git:{file.blob_id}" if file.blob_id else ""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.sources.digests import digest_of
 from moorage_models.sources.failures import FULL
 from moorage_models.sources.source import ModelRequest, Policy, companions, ignore
 
@@ -27,6 +29,8 @@ class Directory:
         files: Sizes of the files in it and below it.
         revision: Digest of the files' names, sizes and times of change.
         copy_to: Where files are copied before they are read; None reads them in place.
+        verify: Whether a fetch reads every byte.
+        contents: SHA-256 of the files that were read so.
     """
 
     folder: Path
@@ -34,6 +38,8 @@ class Directory:
     files: Mapping[str, int]
     revision: str
     copy_to: Path | None = None
+    verify: bool = False
+    contents: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def local(self) -> Path:
@@ -45,6 +51,14 @@ class Directory:
         """The directory itself, however it was named."""
         return str(self.folder)
 
+    def claim(self, name: str) -> str:
+        """The size of a file, in bytes, and its time of change, in nanoseconds, as they are now."""
+        try:
+            stat = os.stat(self.folder / name)
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        return f"stat:{stat.st_size}:{stat.st_mtime_ns}"
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file."""
         try:
@@ -52,9 +66,7 @@ class Directory:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
-            raise ModelError(
-                Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}"
-            ) from error
+            raise _unreadable(name, error) from error
 
     def request(self, name: str, start: int, stop: int) -> bytes:
         """As `read`."""
@@ -68,13 +80,18 @@ class Directory:
     def fetch(
         self, names: Sequence[str], monitor: LoadMonitor, arrived: Callable[[str], None] = ignore
     ) -> Path:
-        """Copies files, if they are not read in place."""
+        """Copies files, unless they are read in place; reads them as a whole to verify them."""
         if self.copy_to is not None:
             names = sorted({*names, *companions(self.files)})
-            monitor.expect("fetch", sum(self.files[name] for name in names))
+        if passes := (self.copy_to is not None) + self.verify:
+            monitor.expect("fetch", passes * sum(self.files[name] for name in names))
         for name in names:
+            path = self.destination / name
             if self.copy_to is not None:
-                self._copy(name, self.copy_to / name, monitor)
+                self._copy(name, path, monitor)
+            if self.verify:
+                advance = partial(monitor.advance, "fetch")
+                self.contents[name] = digest_of(path, name, "sha256", advance)
             arrived(name)
         return self.destination
 
@@ -117,7 +134,8 @@ def open_directory(request: ModelRequest, policy: Policy) -> Directory:
     for name, stat in sorted(stats.items()):
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     sizes = {name: stat.st_size for name, stat in stats.items()}
-    return Directory(folder, request.model_path, sizes, digest.hexdigest()[:16], copy_to)
+    revision = digest.hexdigest()[:16]
+    return Directory(folder, request.model_path, sizes, revision, copy_to, policy.verify)
 
 
 def _walk(folder: Path, label: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -150,6 +168,10 @@ def within_roots(path: str, policy: Policy) -> Path:
 
 def _is_allowed(real: Path, policy: Policy) -> bool:
     return policy.roots is None or any(real.is_relative_to(r.resolve()) for r in policy.roots)
+
+
+def _unreadable(name: str, error: OSError) -> ModelError:
+    return ModelError(Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}")
 
 
 def _outside(what: str) -> ModelError:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,12 @@ class Kaggle:
     Attributes:
         handle: Its owner, model, framework, variation and version.
         home: The folder of the variation in kagglehub's cache.
+        digests: Those of the files of which ranges were read: the list has none.
     """
 
     handle: ModelHandle
     home: Path
+    digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def failures(self) -> Failures:
@@ -65,12 +67,17 @@ class Kaggle:
         """The bytes `start .. stop` of a file, by one ranged request to the storage."""
         content = bytearray()
         with self._opened(name, f"bytes={start}-{stop - 1}") as response:
+            self.digests[name] = _digest(response)
             if response.status_code == 206 or start == 0:
                 for piece in response.iter_content(min(stop - start, _PIECE_BYTES)):
                     content += piece
                     if len(content) >= stop - start:
                         break
         return bytes(content[: stop - start])
+
+    def stated(self, name: str) -> str:
+        """The digest of a file of which a range was read."""
+        return self.digests.get(name, "")
 
     def bring(self, name: str, target: Path, progress: FileProgress) -> str:
         """Downloads a file, unless it is there, and returns the digest that the storage states.
@@ -182,7 +189,9 @@ def open_kaggle(request: ModelRequest, policy: Policy) -> RemoteRepository:
         hub, held = ask(FAILURES, lambda: at(kaggle_api.latest(handle)), label, known)
     if held is None:
         held = Held(ask(FAILURES, lambda: kaggle_api.listing(hub.handle), label, None), {})
-    return RemoteRepository(hub, key, asked, hub.version, hub.folder, Records(home), held)
+    return RemoteRepository(
+        hub, key, asked, hub.version, hub.folder, Records(home), held, policy.verify
+    )
 
 
 def _handle(request: ModelRequest) -> ModelHandle:

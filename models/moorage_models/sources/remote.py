@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
-from moorage_models.sources.digests import verify
+from moorage_models.sources.digests import digest_of, verify
 from moorage_models.sources.failures import Failures, persist
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, Records, RemoteFile
@@ -42,6 +42,10 @@ class Hub(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file, by one ranged request."""
+        ...
+
+    def stated(self, name: str) -> str:
+        """The digest that came with a range of a file, if lists have none; else empty."""
         ...
 
     def bring(self, name: str, target: Path, progress: FileProgress) -> str:
@@ -83,7 +87,9 @@ class RemoteRepository:
         folder: Where the files are put.
         records: What was fetched and verified.
         held: The files of the revision, and what of them this machine holds.
+        verify: Whether a fetch verifies again what was verified before.
         heads: The beginnings of files that were read from the hub.
+        contents: SHA-256 of files that were read to verify them, but have no digest of the hub's.
     """
 
     hub: Hub
@@ -93,7 +99,9 @@ class RemoteRepository:
     folder: Path
     records: Records
     held: Held
+    verify: bool = False
     heads: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    contents: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -109,6 +117,11 @@ class RemoteRepository:
     def files(self) -> Mapping[str, int]:
         """Sizes by name."""
         return {name: file.size for name, file in self.held.files.items()}
+
+    def claim(self, name: str) -> str:
+        """The hub's digest of a file, or else its revision."""
+        digest = self.held.files[name].digest or self.hub.stated(name)
+        return f"hub:{digest}" if digest else f"revision:{self.key}@{self.revision}"
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file: from this machine, or by a ranged request."""
@@ -168,7 +181,8 @@ class RemoteRepository:
         return self.folder
 
     def _is_here(self, name: str) -> bool:
-        return self.held.files[name].verified_ns > 0 and name in self.held.paths
+        is_verified = self.held.files[name].verified_ns > 0 and not self.verify
+        return is_verified and name in self.held.paths
 
     @contextmanager
     def _alone(self, monitor: LoadMonitor) -> Iterator[list[Future[RemoteFile]]]:
@@ -240,7 +254,7 @@ class RemoteRepository:
         return brought
 
     def _bring(self, name: str, file: RemoteFile, progress: FileProgress) -> RemoteFile:
-        """Downloads one file, if it is not there, and verifies it, if it was not."""
+        """Downloads one file, if it is not there, and verifies it, if it was not yet."""
         path = self.folder / name
 
         def download() -> str:
@@ -251,8 +265,11 @@ class RemoteRepository:
             stated = ""
         else:
             stated = persist(self.hub.failures, download, self.label, PAUSES)
-        file = RemoteFile(file.size, file.digest or stated, file.verified_ns)
+        verified_ns = 0 if self.verify else file.verified_ns
+        file = RemoteFile(file.size, file.digest or stated, verified_ns)
         verified = verify(path, name, file, self.hub.failures.title, progress.advance)
+        if self.verify and not file.digest:
+            self.contents[name] = digest_of(path, name, "sha256", progress.advance)
         progress.finish()
         return verified
 

@@ -64,18 +64,21 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class Policy:
-    """What may be read.
+    """What may be read, and how carefully.
 
     Attributes:
         sources: The sources that are allowed; None allows all.
         roots: Directories under which local paths must lie; None allows any.
         places: Patterns of what may be read of hubs and buckets, each a source and a place in it:
             `huggingface:google/*`, `gcs:my-bucket/models/*`; None allows any.
+        verify: Whether a load that does not stream reads every byte of its files before it uses
+            them: compares them with what a hub states once more, and makes a digest of the rest.
     """
 
     sources: tuple[ModelSource, ...] | None = None
     roots: tuple[Path, ...] | None = None
     places: tuple[str, ...] | None = None
+    verify: bool = False
 
     def require(self, source: ModelSource, place: str) -> None:
         """Refuses a place on a hub that is not on the list.
@@ -129,6 +132,19 @@ class Repository(Protocol):
         """Sizes in bytes, by name relative to the checkpoint."""
         ...
 
+    @property
+    def contents(self) -> Mapping[str, str]:
+        """SHA-256 of the files that `fetch` has read as a whole for want of a hub's digest."""
+        ...
+
+    def claim(self, name: str) -> str:
+        """What is known of a file without reading it: one of `provenance.KINDS`, then what it says.
+
+        Raises:
+            ModelError: CHECKPOINT_CORRUPT if the file is gone.
+        """
+        ...
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file, without fetching the rest where that is possible."""
         ...
@@ -153,7 +169,8 @@ class Repository(Protocol):
             arrived: Told of each file that is there and verified.
 
         Raises:
-            ModelError: SOURCE_UNAVAILABLE, DISK_FULL, SOURCE_AUTH_REQUIRED, or LOAD_CANCELLED.
+            ModelError: SOURCE_UNAVAILABLE, DISK_FULL, SOURCE_AUTH_REQUIRED, CHECKPOINT_CORRUPT, or
+                LOAD_CANCELLED.
         """
         ...
 

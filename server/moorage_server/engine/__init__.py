@@ -1,5 +1,14 @@
 """What owns the mesh, behind one protocol that takes and gives dataclasses and numpy."""
 
-from moorage_server.engine.api import Batch, Bucket, Device, Engine, EngineInfo, Need
+from moorage_server.engine.api import (
+    Answers,
+    Batch,
+    Bucket,
+    Device,
+    Engine,
+    EngineInfo,
+    Need,
+    Question,
+)
 
-__all__ = ["Batch", "Bucket", "Device", "Engine", "EngineInfo", "Need"]
+__all__ = ["Answers", "Batch", "Bucket", "Device", "Engine", "EngineInfo", "Need", "Question"]

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
+from moorage_server.engine.outputs import Profile
 
 
 @dataclass(frozen=True, order=True)
@@ -67,6 +68,7 @@ class EngineInfo:
         mesh: Sizes of the mesh axes, outermost first.
         buckets: The shapes that it can serve, shortest first.
         device_bytes: Bytes on each device that models may take.
+        profiles: The programs of the head that it can serve.
     """
 
     platform: str
@@ -74,6 +76,7 @@ class EngineInfo:
     mesh: dict[str, int]
     buckets: tuple[Bucket, ...]
     device_bytes: int
+    profiles: tuple[Profile, ...]
 
     def buckets_for(self, max_position: int) -> tuple[Bucket, ...]:
         """Those of one model: up to the first length that holds its whole context."""
@@ -83,19 +86,53 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows for one forward pass; the first `lengths[i]` tokens of row `i` are real.
+    """Padded rows for one forward pass.
 
     Attributes:
         tokens: Token ids, 0 where padded.
         segments: Segment of each token; 0 is padding.
         positions: Rotary positions.
-        lengths: Real tokens of each row.
+        depth: How many layers are run; None for all of them and the final norm.
     """
 
     tokens: Int32[np.ndarray, "rows length"]
     segments: Int32[np.ndarray, "rows length"]
     positions: Int32[np.ndarray, "rows length"]
-    lengths: tuple[int, ...]
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the head is asked after some tokens of a batch.
+
+    Attributes:
+        profile: The program that answers.
+        after: The tokens, as indices into the batch's `rows * length`.
+        targets: The token that is asked about.
+        temperatures: The logits are divided by these.
+        candidates: Other tokens that are asked about; `c` is at most the profile's size.
+    """
+
+    profile: Profile
+    after: Int32[np.ndarray, " n"]
+    targets: Int32[np.ndarray, " n"]
+    temperatures: Float32[np.ndarray, " n"]
+    candidates: Int32[np.ndarray, "n c"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one forward pass gave.
+
+    Attributes:
+        tensors: For each question, by name, `[n, ...]`: as wide as the profile's size.
+        execute_seconds: How long the devices were waited for.
+        transfer_seconds: How long it took to bring the results to the host.
+    """
+
+    tensors: tuple[dict[str, np.ndarray], ...]
+    execute_seconds: float
+    transfer_seconds: float
 
 
 @runtime_checkable
@@ -118,6 +155,10 @@ class Engine(Protocol):
         """Host memory that models have left behind, kept for those to come."""
         ...
 
+    def compiles_after_ready(self) -> int:
+        """Programs that were compiled for a forward pass: a bug if there are any."""
+        ...
+
     def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
         """Fetches, places and compiles a model, and keeps it under a handle.
 
@@ -133,16 +174,12 @@ class Engine(Protocol):
         """Frees a model and returns the bytes that came back, by device id."""
         ...
 
-    def forward(self, handle: str, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    def forward(self, handle: str, batch: Batch, questions: Sequence[Question]) -> Answers:
         """Runs one batch.
 
         Args:
             handle: A loaded model.
             batch: Rows of the shape of a bucket.
-            outputs: Names from the table of outputs.
-
-        Returns:
-            For each output `[tokens, ...]` over the real tokens of all rows in order: what the
-            model says after each token.
+            questions: What is wanted of it, each of a profile that the model is served with.
         """
         ...

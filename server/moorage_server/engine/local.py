@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from moorage_models.arena import Arena
@@ -23,7 +22,17 @@ from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
 from moorage_models.ring import WINDOW_BYTES
-from moorage_server.engine.api import Batch, Bucket, Device, EngineInfo, Need
+from moorage_server.engine.api import (
+    Answers,
+    Batch,
+    Bucket,
+    Device,
+    EngineInfo,
+    Need,
+    Question,
+)
+from moorage_server.engine.compiles import CompileCounter
+from moorage_server.engine.outputs import PROFILES, Profile, served
 from moorage_server.engine.programs import Programs, compile_programs
 from moorage_server.engine.temporaries import temporary_bytes
 
@@ -56,6 +65,7 @@ class LocalEngine:
         window: int = WINDOW_BYTES,
         stream: bool = False,
         device_memory: float = DEVICE_FRACTION,
+        profiles: Sequence[Profile] = PROFILES,
     ) -> None:
         """Makes an engine without models.
 
@@ -66,6 +76,7 @@ class LocalEngine:
             stream: Whether weights go from hubs to the devices without a copy on this machine.
             device_memory: What models may take of each device: a fraction of its memory, or
                 bytes if it is more than 1.
+            profiles: The programs of the head that are compiled for every model.
         """
         self._mesh = mesh
         self._stream = stream
@@ -83,7 +94,9 @@ class LocalEngine:
             dict(mesh.shape),
             self._buckets,
             int(device_memory * (_memory_of(mesh) if device_memory <= 1 else 1)),
+            tuple(profiles),
         )
+        self._compiles = CompileCounter()
 
     def info(self) -> EngineInfo:
         """The devices, the mesh and the buckets."""
@@ -93,7 +106,9 @@ class LocalEngine:
         """What a model takes on each device, at the most."""
         buckets = self._info.buckets_for(plan.config.max_position)
         mesh = dict(self._mesh.shape)
-        temporaries = temporary_bytes(plan, compute_dtype, mesh, buckets, self._info.platform)
+        temporaries = temporary_bytes(
+            plan, compute_dtype, mesh, buckets, self._info.platform, self._info.profiles
+        )
         return Need(plan.device_bytes(mesh), temporaries)
 
     def live_bytes(self) -> dict[int, int]:
@@ -133,10 +148,15 @@ class LocalEngine:
                 freed[device] = freed.get(device, 0) + count
         return freed
 
-    def forward(self, handle: str, batch: Batch, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    def forward(self, handle: str, batch: Batch, questions: Sequence[Question]) -> Answers:
         """Runs one batch through the stored programs."""
         model = self._models[handle]
-        return model.programs.run(model.params, batch, outputs)
+        with self._compiles.counting():
+            return model.programs.run(model.params, batch, questions)
+
+    def compiles_after_ready(self) -> int:
+        """Programs that were compiled for a forward pass: a bug if there are any."""
+        return self._compiles.count
 
     def _compile(self, checkpoint: Checkpoint, monitor: LoadMonitor) -> Programs:
         dtypes = tuple((p.name, p.dtype) for p in checkpoint.plan.parameters)
@@ -146,8 +166,9 @@ class LocalEngine:
                 self._programs.move_to_end(key)
                 return programs
         buckets = self.info().buckets_for(checkpoint.config.max_position)
+        profiles = served(checkpoint.config, self._info.profiles)
         programs = compile_programs(
-            checkpoint.plan, checkpoint.compute_dtype, self._mesh, buckets, monitor
+            checkpoint.plan, checkpoint.compute_dtype, self._mesh, buckets, profiles, monitor
         )
         with self._lock:
             self._programs[key] = programs

@@ -1,4 +1,4 @@
-"""The compiled programs of a model: one trunk a bucket, one head an output.
+"""The compiled programs of a model: a trunk and a gather for each bucket, a head for each profile.
 
 They are compiled ahead of time, from shapes alone, and take the weights as arguments. A call
 never compiles.
@@ -6,9 +6,11 @@ never compiles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -16,21 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
+from jax.typing import DTypeLike
 
 from moorage_models.attention import Visibility
 from moorage_models.config import ModelConfig
-from moorage_models.decoder import logits_of, trunk
+from moorage_models.decoder import trunk
 from moorage_models.dtypes import numpy_dtype
 from moorage_models.monitor import LoadMonitor
 from moorage_models.ops import partition
 from moorage_models.parameters import head_parameter
 from moorage_models.plan import Plan
 from moorage_models.sharding import FSDP
-from moorage_server.engine.api import Batch, Bucket
-from moorage_server.engine.outputs import OUTPUTS, served
-
-#: Tokens of a head chunk on each data-parallel device; the head never holds more logits.
-CHUNK = 128
+from moorage_server.engine.api import Answers, Batch, Bucket, Question
+from moorage_server.engine.chunks import Chunk, chunks
+from moorage_server.engine.head import CHUNK, head
+from moorage_server.engine.outputs import Profile
 
 _COMPILE_THREADS = 2
 
@@ -54,42 +56,75 @@ class Programs:
 
     Attributes:
         config: The decoder's configuration.
-        trunks: From parameters, tokens, segments and positions to hidden states in chunks
-            `[CHUNK * data-parallel size, d]`; chunk `j` holds an equal run of every row.
-        heads: From parameters, a chunk and the tokens that follow to an output.
+        devices: Over how many devices rows are split.
+        trunks: From parameters, tokens, segments, positions and depth to hidden states
+            `[rows, length, d]`.
+        gathers: From hidden states and the indices of a chunk to its hidden states.
+        heads: From parameters, the hidden states of a chunk and what is asked of them to tensors:
+            see `moorage_server.engine.head`.
     """
 
     config: ModelConfig
+    devices: int
     trunks: Mapping[Bucket, Compiled]
-    heads: Mapping[str, Compiled]
+    gathers: Mapping[Bucket, Compiled]
+    heads: Mapping[Profile, Compiled]
 
     def run(
-        self, params: Mapping[str, jax.Array], batch: Batch, outputs: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """The outputs after every real token of a batch, rows in order."""
-        rows, length = batch.tokens.shape
+        self, params: Mapping[str, jax.Array], batch: Batch, questions: Sequence[Question]
+    ) -> Answers:
+        """Answers all questions about one batch."""
+        begin = time.perf_counter()
         trunk_params, head_params = split_params(params, self.config)
-        chunks = self.trunks[Bucket(length, rows)](
-            trunk_params, batch.tokens, batch.segments, batch.positions
+        bucket = Bucket(batch.tokens.shape[1], batch.tokens.shape[0])
+        depth = np.int32(self.config.num_layers if batch.depth is None else batch.depth)
+        hidden = self.trunks[bucket](
+            trunk_params, batch.tokens, batch.segments, batch.positions, depth
         )
-        following = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
-        step = length // len(chunks)
-        starts = np.concatenate([[0], np.cumsum(batch.lengths)])
+        transfer, tensors = 0.0, []
+        for question in questions:
+            found, seconds = self._answer(question, hidden, bucket, head_params)
+            tensors.append(found)
+            transfer += seconds
+        return Answers(tuple(tensors), time.perf_counter() - begin - transfer, transfer)
+
+    def _answer(
+        self,
+        question: Question,
+        hidden: jax.Array,
+        bucket: Bucket,
+        head_params: Mapping[str, jax.Array],
+    ) -> tuple[dict[str, np.ndarray], float]:
+        """One question's tensors, and how long it took to bring them to the host.
+
+        While a chunk is brought, the next one is computed.
+        """
+        profile, count = question.profile, len(question.after)
         results = {
-            name: np.empty((starts[-1], *OUTPUTS[name].width(self.config)), np.float32)
-            for name in outputs
+            name: np.empty((count, *tensor.width(self.config, profile.size)), tensor.dtype)
+            for name, tensor in profile.tensors(profile.outputs).items()
         }
-        for first in range(0, max(batch.lengths), step):
-            targets = following[:, first : first + step].reshape(-1)
-            for name, result in results.items():
-                values = np.asarray(self.heads[name](head_params, chunks[first // step], targets))
-                values = values.reshape(rows, step, *result.shape[1:])
-                for row, real in enumerate(batch.lengths):
-                    count = min(step, real - first)
-                    if count > 0:
-                        at = starts[row] + first
-                        result[at : at + count] = values[row, :count]
-        return results
+        seconds = 0.0
+        running: tuple[Chunk, dict[str, jax.Array]] | None = None
+        for chunk in [*chunks(question, bucket, self.devices), None]:
+            before, running = running, None
+            if chunk:
+                states = self.gathers[bucket](hidden, chunk.after)
+                asked = (chunk.targets, chunk.temperatures, chunk.candidates)
+                running = (chunk, self.heads[profile](head_params, states, *asked))
+            if before:
+                seconds += _fetch(*before, results)
+        return results, seconds
+
+
+def _fetch(
+    chunk: Chunk, values: Mapping[str, jax.Array], results: Mapping[str, np.ndarray]
+) -> float:
+    """Copies a chunk's values to the results; gives the seconds that this took."""
+    jax.block_until_ready(values)
+    begin = time.perf_counter()
+    chunk.put({name: np.asarray(values[name]) for name in results}, results)
+    return time.perf_counter() - begin
 
 
 def compile_programs(
@@ -97,6 +132,7 @@ def compile_programs(
     compute_dtype: str,
     mesh: Mesh,
     buckets: Sequence[Bucket],
+    profiles: Sequence[Profile],
     monitor: LoadMonitor,
 ) -> Programs:
     """Compiles every program that a model will need. Needs no weights.
@@ -106,31 +142,34 @@ def compile_programs(
         compute_dtype: Dtype of the arithmetic.
         mesh: The device mesh, axes Auto.
         buckets: The shapes to serve.
+        profiles: The programs of the head.
         monitor: Told of the programs of the stage `compile`.
 
     Raises:
         ModelError: LOAD_CANCELLED.
     """
-    jobs: list[Bucket | str] = [*buckets, *served(plan.config)]
-    monitor.expect("compile", len(jobs))
+    trunks = [partial(lower_trunk, plan, compute_dtype, mesh, bucket) for bucket in buckets]
+    gathers = [partial(lower_gather, plan, mesh, bucket) for bucket in buckets]
+    heads = [partial(lower_head, plan, mesh, profile) for profile in profiles]
+    monitor.expect("compile", len(trunks) + len(gathers) + len(heads))
 
-    def compiled(job: Bucket | str) -> Compiled:
+    def compiled(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
         monitor.check()
-        if isinstance(job, Bucket):
-            lowered = lower_trunk(plan, compute_dtype, mesh, job)
-        else:
-            lowered = lower_head(plan, mesh, job)
+        lowered = lower()
         monitor.check()
         program = compile_lowered(lowered, mesh)
         monitor.advance("compile", 1)
         return program
 
     with ThreadPoolExecutor(_COMPILE_THREADS, "compile") as pool:
-        programs = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+        programs = list(pool.map(compiled, [*trunks, *gathers, *heads]))
+    count = len(buckets)
     return Programs(
         plan.config,
-        {key: program for key, program in programs.items() if isinstance(key, Bucket)},
-        {key: program for key, program in programs.items() if isinstance(key, str)},
+        mesh.shape.get(FSDP, 1),
+        dict(zip(buckets, programs[:count], strict=True)),
+        dict(zip(buckets, programs[count : 2 * count], strict=True)),
+        dict(zip(profiles, programs[2 * count :], strict=True)),
     )
 
 
@@ -150,47 +189,67 @@ def lower_trunk(
     plan: Plan[Any], compute_dtype: str, mesh: Mesh, bucket: Bucket
 ) -> jax.stages.Lowered:
     """The trunk's program for a bucket, from shapes alone."""
-    config, dtype = plan.config, numpy_dtype(compute_dtype)
-    by_rows = NamedSharding(mesh, PartitionSpec(FSDP if FSDP in mesh.shape else None))
-    chunk = CHUNK * mesh.shape.get(FSDP, 1)
-    step = chunk // bucket.rows
+    config, by_rows = plan.config, _by_rows(mesh)
 
     def run(
         params: Mapping[str, jax.Array],
         tokens: jax.Array,
         segments: jax.Array,
         positions: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        visible = Visibility(segments=segments)
-        hidden = trunk(
-            params, tokens, positions, visible, config=config, mesh=mesh, compute_dtype=dtype
-        )
-        return tuple(
-            jax.lax.with_sharding_constraint(
-                hidden[:, start : start + step].reshape(chunk, config.embed_dim), by_rows
-            )
-            for start in range(0, bucket.length, step)
+        depth: jax.Array,
+    ) -> jax.Array:
+        return trunk(
+            params,
+            tokens,
+            positions,
+            Visibility(segments=segments),
+            config=config,
+            mesh=mesh,
+            compute_dtype=numpy_dtype(compute_dtype),
+            depth=depth,
         )
 
     ids = jax.ShapeDtypeStruct((bucket.rows, bucket.length), jnp.int32, sharding=by_rows)
-    return jax.jit(run).lower(split_params(_abstract(plan, mesh), config)[0], ids, ids, ids)
+    depth = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    params = split_params(_abstract(plan, mesh), config)[0]
+    return jax.jit(run, out_shardings=by_rows).lower(params, ids, ids, ids, depth)
 
 
-def lower_head(plan: Plan[Any], mesh: Mesh, name: str) -> jax.stages.Lowered:
-    """The head's program for an output, from shapes alone."""
-    config = plan.config
-    by_rows = NamedSharding(mesh, PartitionSpec(FSDP if FSDP in mesh.shape else None))
-    chunk = CHUNK * mesh.shape.get(FSDP, 1)
+def lower_gather(plan: Plan[Any], mesh: Mesh, bucket: Bucket) -> jax.stages.Lowered:
+    """The program that takes a chunk out of a batch; each device takes of its own rows."""
+    by_rows, devices = _by_rows(mesh), mesh.shape.get(FSDP, 1)
 
-    def run(params: Mapping[str, jax.Array], hidden: jax.Array, following: jax.Array) -> jax.Array:
-        logits = logits_of(params, hidden[:, None], config=config, mesh=mesh)[:, 0]
-        return OUTPUTS[name].compute(logits, following)
+    @partial(jax.shard_map, mesh=mesh, in_specs=by_rows.spec, out_specs=by_rows.spec)
+    def run(hidden: jax.Array, after: jax.Array) -> jax.Array:
+        return jnp.take(hidden.reshape(-1, hidden.shape[-1]), after, axis=0, mode="clip")
 
-    hidden = jax.ShapeDtypeStruct((chunk, config.embed_dim), jnp.float32, sharding=by_rows)
-    following = jax.ShapeDtypeStruct((chunk,), jnp.int32, sharding=by_rows)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    lowering = jax.jit(run, out_shardings=replicated)
-    return lowering.lower(split_params(_abstract(plan, mesh), config)[1], hidden, following)
+    shape = (bucket.rows, bucket.length, plan.config.embed_dim)
+    hidden = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
+    after = jax.ShapeDtypeStruct((devices, CHUNK), jnp.int32, sharding=by_rows)
+    return jax.jit(run).lower(hidden, after)
+
+
+def lower_head(plan: Plan[Any], mesh: Mesh, profile: Profile) -> jax.stages.Lowered:
+    """The head's program for a profile, from shapes alone."""
+    shape = (mesh.shape.get(FSDP, 1), CHUNK)
+
+    def struct(dtype: DTypeLike, *width: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, *width), dtype, sharding=_by_rows(mesh))
+
+    run = partial(head, profile=profile, config=plan.config, mesh=mesh)
+    lowering = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lowering.lower(
+        split_params(_abstract(plan, mesh), plan.config)[1],
+        struct(jnp.float32, plan.config.embed_dim),
+        struct(jnp.int32),
+        struct(jnp.float32),
+        struct(jnp.int32, profile.candidates),
+    )
+
+
+def _by_rows(mesh: Mesh) -> NamedSharding:
+    """The layout of what is split over data-parallel devices along its first axis."""
+    return NamedSharding(mesh, PartitionSpec(FSDP if FSDP in mesh.shape else None))
 
 
 def _abstract(plan: Plan[Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

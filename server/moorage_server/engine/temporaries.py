@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from moorage_models.sharding import (
     splits_over_tp,
 )
 from moorage_server.engine.api import Bucket
-from moorage_server.engine.programs import CHUNK
+from moorage_server.engine.head import CHUNK
+from moorage_server.engine.outputs import PROFILES, Profile, served
 
 _WIDE = 4  # bytes: a backend may compute in float32 whatever was asked for, and the CPU's does
 
@@ -31,13 +32,14 @@ def temporary_bytes(
     mesh: MeshShape,
     buckets: Sequence[Bucket],
     platform: str = "",
+    profiles: Collection[Profile] = PROFILES,
 ) -> int:
     """Bytes on each device that a forward pass takes beside the parameters, at the most.
 
     Those are the temporaries, results and other arguments of the largest program, and what stays
-    from one program to the next: the trunk's chunks until the heads are done, and a head's result
-    while the next one runs. Everything is counted as float32, and little as freed before its
-    layer ends.
+    from one program to the next: the trunk's result until the heads are done, and a head's chunk
+    and result while it runs on the next one. Everything is counted as float32, and little as freed
+    before its layer ends.
 
     The tests compare it with `memory_analysis()` of the programs as compiled for CPU: at the
     published sizes that they try it is at most three times as much. Some of these were compiled
@@ -50,14 +52,15 @@ def temporary_bytes(
         mesh: Sizes of the mesh axes.
         buckets: The shapes that are served; at least one.
         platform: Of the devices; `cpu` and `tpu` are told apart, else the larger is counted.
+        profiles: The programs of the head that may be served.
     """
     config = plan.config
     shares = {p.name: _share(p, config, mesh) for p in plan.parameters}
-    chunks = max(_tokens(bucket, mesh) for bucket in buckets) * config.embed_dim
+    result = max(_tokens(bucket, mesh) for bucket in buckets) * config.embed_dim
     activations = max(_activations(config, mesh, bucket, platform) for bucket in buckets)
     stacks = 0 if platform == "tpu" else _laid_anew(plan, compute_dtype, shares)
     trunk = _weights(shares) + stacks + activations
-    return _WIDE * (chunks + max(trunk, _head(config, mesh, shares)))
+    return _WIDE * (result + max(trunk, _head(config, mesh, shares, served(config, profiles))))
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,29 @@ def _experts(config: ModelConfig, platform: str) -> int:
     return rows * (2 * config.embed_dim + 3 * config.expert_hidden_dim) + 3 * config.num_experts
 
 
-def _head(config: ModelConfig, mesh: MeshShape, shares: Mapping[str, _Share]) -> int:
-    """The head's weight, and a chunk's logits: split, and whole in this result and the last."""
+def _head(
+    config: ModelConfig,
+    mesh: MeshShape,
+    shares: Mapping[str, _Share],
+    profiles: Collection[Profile],
+) -> int:
+    """The head's weight, and of a chunk its logits, hidden states, and this and the last result.
+
+    Every device has the results of all. The hidden states are those that are held, divided by
+    their temperatures, and those of the chunk before.
+    """
     outputs = config.num_labels or config.vocab_size
-    whole = 3 * mesh.get(FSDP, 1) * outputs  # gathered, returned, and still held from before
-    split = 2 * outputs + 2 * config.embed_dim
+    result = max((_result(config, profile) for profile in profiles), default=0)
+    found = max((profile.size for profile in profiles), default=0) * mesh.get(TP, 1)
+    whole = mesh.get(FSDP, 1) * (3 * result + 2)  # gathered, returned, and still held from before
+    split = 2 * outputs + 3 * config.embed_dim + 4 * min(found, outputs)
     return shares[head_parameter(config)].widened + CHUNK * (whole + split)
+
+
+def _result(config: ModelConfig, profile: Profile) -> int:
+    """How many values a program of the head gives of a token."""
+    tensors = profile.tensors(profile.outputs).values()
+    return sum(math.prod(tensor.width(config, profile.size)) for tensor in tensors)
 
 
 def _tokens(bucket: Bucket, mesh: MeshShape) -> int:

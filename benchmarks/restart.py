@@ -1,0 +1,66 @@
+"""What of a compile a restarted server finds in its cache: a ratio of one run.
+
+    python benchmarks/restart.py
+
+Two server processes, one after the other, load SmolLM2-135M-Instruct with all default buckets and
+outputs: the first with an empty folder for compiled programs, the second with what it left there.
+The figure is the seconds of the stage `compile`, warm over cold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import turns
+
+for folder in ("examples", "tests"):
+    sys.path.insert(0, str(Path(__file__).parent.parent / folder))
+
+import moorage
+import real_models
+from moorage import LoadProgress
+from moorage_server.main import DEFAULT_BUCKETS
+from server_process import server_process
+
+TARGET = "<= 0.20"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=real_models.RECIPES, default="smollm2-135m-instruct")
+    args = parser.parse_args()
+    model = real_models.make(args.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        cold, warm = (compile_seconds(model, Path(scratch)) for _ in range(2))
+    print(turns.HEADER)
+    turns.show("seconds of the stage compile, cold", [cold])
+    turns.show("seconds of the stage compile, warm", [warm])
+    turns.show("restart: compile, warm / cold", [warm / cold], TARGET)
+
+
+def compile_seconds(model: Path, scratch: Path) -> float:
+    """From the beginning of a load until its last program is there, as its progress tells."""
+    over: list[float] = []
+
+    def see(progress: LoadProgress) -> None:
+        stage = progress.stages.get("compile")
+        if stage and stage.done == stage.total and not over:
+            over.append(time.perf_counter())
+
+    with (
+        server_process(
+            model.parent, scratch, mesh="fsdp=1,tp=1", buckets=DEFAULT_BUCKETS
+        ) as server,
+        moorage.connect(server.address) as client,
+    ):
+        begin = time.perf_counter()
+        client.load(model.name, "internal", str(model), on_progress=see, progress=False)
+        return (over[0] if over else time.perf_counter()) - begin
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A forward pass as requests of the wire: one, or several where the rows do not fit into one."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moorage.enums import number_of
+from moorage.errors import InvalidRequest
+from moorage.options import FirstToken, LogitScale
+from moorage.packing import Row, groups, pack
+from moorage.rows import Rows, integers
+from moorage.v1 import moorage_pb2 as pb
+
+_FIXED_BYTES = 128
+"""What a request takes beside its rows and its outputs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        requests: What is asked; the rows of one follow those of the one before.
+        timeout: Seconds for all of it, or None for any time.
+    """
+
+    requests: Sequence[pb.ForwardRequest]
+    timeout: float | None
+
+
+def make(  # noqa: D417 (the options are told of in one place)
+    handle: str,
+    rows: Rows,
+    outputs: Iterable[str],
+    segment_ids: Rows | None,
+    *,
+    top_k: int = 0,
+    candidates: Rows | None = None,
+    layer: int | None = None,
+    positions: Rows | None = None,
+    temperature: float = 1.0,
+    logit_scale: LogitScale = "raw",
+    first_token: FirstToken = "nan",
+    from_position: int | Rows = 0,
+    expected_weights_version: int | None = None,
+    timeout: float | None = None,
+) -> Batch:
+    """Asks for a forward pass; `ForwardOptions` says what the options are.
+
+    Args:
+        handle: The model's handle.
+        rows: Ragged rows of token ids.
+        outputs: Names of outputs; whether they are served is the server's to say.
+        segment_ids: Shaped as `rows`, or None: each row is one segment.
+
+    Returns:
+        The pass, in requests of 3 MiB at most, each with a fresh id.
+
+    Raises:
+        InvalidRequest: A value is of the wrong kind or shape, or contradicts another.
+        MessageTooLarge: One row alone is too large for a request.
+    """
+    flat, sets = _candidates(candidates)
+    packed = pack(rows, from_position, segment_ids, positions, sets)
+    semantics = pb.Semantics(
+        first_token=number_of(pb.FirstToken, "first_token", first_token),
+        logit_scale=number_of(pb.LogitScale, "logit_scale", logit_scale),
+    )
+    try:
+        semantics.temperature = temperature
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        names += ["top_k"] * bool(top_k) + ["candidates"] * (candidates is not None)
+        template = pb.ForwardRequest(
+            handle=handle,
+            outputs=pb.OutputSpec(
+                names=dict.fromkeys(names),
+                top_k=top_k,
+                candidates=flat,
+                layer=layer,
+            ),
+            semantics=semantics,
+            expected_weights_version=expected_weights_version,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"an argument of forward() is of the wrong kind: {error}") from error
+    if not 0 < semantics.temperature < math.inf:
+        raise InvalidRequest(f"temperature is {temperature}; give a float32 above 0")
+    parts = groups(packed, template.ByteSize() + _FIXED_BYTES)
+    return Batch([_request(template, part) for part in parts], timeout)
+
+
+def _candidates(candidates: Any) -> tuple[pb.Candidates | None, Rows | None]:
+    """Tells one list for all positions from tables by position."""
+    if candidates is None:
+        return None, None
+    try:
+        array = hasattr(candidates, "__array__")
+        items = np.asarray(candidates) if array else list(candidates)
+    except TypeError as error:
+        raise InvalidRequest(f"candidates must be a list of token ids: {error}") from error
+    if len(items) > 0 and hasattr(items[0], "__len__"):
+        return None, items
+    return pb.Candidates(ids=integers(items, "candidates").tolist()), None
+
+
+def _request(template: pb.ForwardRequest, rows: Sequence[Row]) -> pb.ForwardRequest:
+    request = pb.ForwardRequest(request_id=uuid.uuid4().hex)
+    request.MergeFrom(template)
+    lengths = [row.tokens.size for row in rows]
+    begins = np.cumsum([0, *lengths[:-1]])
+    request.row_lengths.extend(lengths)
+    request.token_ids.extend(_joined([row.tokens for row in rows]))
+    request.segment_ids.extend(_joined([row.segments for row in rows]))
+    positions = [
+        None if row.positions is None else row.positions + begin
+        for row, begin in zip(rows, begins, strict=True)
+    ]
+    request.outputs.positions.extend(_joined(positions))
+    if any(row.start for row in rows):
+        request.from_positions.extend(row.start for row in rows)
+    if sets := [row.sets for row in rows if row.sets is not None]:
+        candidates = request.outputs.candidates
+        candidates.ids_by_position = np.concatenate(sets).astype("<i4", copy=False).tobytes()
+        candidates.count = sets[0].shape[1]
+    return request
+
+
+def _joined(arrays: Sequence[NDArray[Any] | None]) -> list[int]:
+    known = [array for array in arrays if array is not None]
+    return list(np.concatenate(known).tolist()) if known else []

@@ -1,0 +1,89 @@
+"""What the server says of itself, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of the server's mesh, and the bytes of parameters on it."""
+
+    id: int
+    kind: str
+    model_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is promised to models, and what is held.
+
+    Attributes:
+        budget_bytes: What models may take of each device.
+        reserved_bytes: What is reserved for models on each device.
+        live_bytes: Bytes of arrays that are alive, by device id.
+        host_pool_bytes: Host memory that models have left behind, kept for those to come.
+    """
+
+    budget_bytes: int
+    reserved_bytes: int
+    live_bytes: Mapping[int, int]
+    host_pool_bytes: int
+
+
+@dataclass(frozen=True)
+class OutputProfile:
+    """A program that models are served with.
+
+    Attributes:
+        outputs: The outputs that it gives.
+        size: The largest top_k, or the largest number of candidates; 0 for neither.
+    """
+
+    outputs: tuple[str, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What the server is and what it accepts.
+
+    Attributes:
+        version: The server's version.
+        platform: "cpu" or "tpu".
+        devices: The devices of the mesh.
+        mesh: Size of each axis by name, outermost first.
+        buckets: The compiled shapes (rows, length).
+        max_message_bytes: The largest request.
+        max_sequence_length: The longest row, in tokens.
+        max_output_bytes: The largest answer.
+        max_queued_tokens: How many tokens may wait for the devices.
+        answer_retention_seconds: How long an answer is kept for a caller that comes back for it.
+        max_retained_bytes: How many bytes of answers are kept so, in all.
+        sources: Keys of `moorage.requests.SOURCES` that may be loaded from.
+        outputs: The outputs that are served.
+        start_time: When the server started, or None.
+        memory: What is promised to models, and what is held.
+        profiles: The programs that are compiled for every model before it is ready.
+        compiles_after_ready: Programs that were compiled for a forward pass: none, ever.
+    """
+
+    version: str
+    platform: str
+    devices: tuple[Device, ...]
+    mesh: Mapping[str, int]
+    buckets: tuple[tuple[int, int], ...]
+    max_message_bytes: int
+    max_sequence_length: int
+    max_output_bytes: int
+    max_queued_tokens: int
+    answer_retention_seconds: float
+    max_retained_bytes: int
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+    start_time: datetime | None
+    memory: Memory
+    profiles: tuple[OutputProfile, ...]
+    compiles_after_ready: int

@@ -1,0 +1,221 @@
+"""Runs the requests of all clients on the devices. Everything here runs in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from moorage_server.answers import RETENTION_SECONDS, AnswerTable
+from moorage_server.device_thread import DeviceThread
+from moorage_server.engine import Bucket, Engine
+from moorage_server.errors import Reason, ServerError
+from moorage_server.fair_queue import FairQueue, Pick
+from moorage_server.jobs import Job
+from moorage_server.lifecycle import State
+from moorage_server.scoring import run_batch
+from moorage_server.tasks import start
+
+#: How many tokens may wait, padding included.
+QUEUE_TOKENS = 1 << 20
+
+#: How many bytes the requests may take that somebody waits for, with their answers.
+ANSWER_BYTES = 4 << 30
+
+_SMOOTHING = 0.2  # weight of the latest batch in what is measured
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _UNKNOWN_SECONDS = 0.1, 60.0, 1.0
+
+
+class Scheduler:
+    """Takes requests, merges their rows into batches, and runs one batch after another.
+
+    Attributes:
+        queue: The rows that wait.
+        callers: How many wait for answers, or take them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        device_thread: DeviceThread,
+        queue_tokens: int = QUEUE_TOKENS,
+        answer_bytes: int = ANSWER_BYTES,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Makes a scheduler with nothing to do.
+
+        Args:
+            engine: What owns the mesh.
+            device_thread: Where batches run.
+            queue_tokens: How many tokens may wait, padding included.
+            answer_bytes: How many bytes the requests may take that somebody waits for.
+            now: The clock, in seconds.
+        """
+        self._engine = engine
+        self._device_thread = device_thread
+        self._devices = engine.info().mesh.get("fsdp", 1)
+        self._now = now
+        self._answers: AnswerTable[Job] = AnswerTable()
+        self._answer_bytes = answer_bytes
+        self._nbytes = 0  # of those that somebody waits for
+        self._speed: dict[tuple[str, Bucket], float] = {}  # tokens a second, of full batches
+        self._pace = 0.0  # tokens a second, of the batches as they were
+        self._running: asyncio.Task[None] | None = None
+        self.queue = FairQueue(queue_tokens)
+        self.callers = 0
+
+    def find(self, request_id: str, fingerprint: bytes) -> Job | None:
+        """A request that was taken before, by its id.
+
+        Raises:
+            ServerError: INVALID_REQUEST if it is not the same.
+        """
+        return self._answers.get(request_id, fingerprint)
+
+    def take(self, job: Job, *, fingerprint: bytes = b"", seconds_left: float | None = None) -> Job:
+        """Takes a request, which runs while somebody waits for it.
+
+        Args:
+            job: The request.
+            fingerprint: A digest of it, for callers that come back.
+            seconds_left: Until when its answer is wanted; None for any time.
+
+        Returns:
+            The request, or the same one that was taken before.
+
+        Raises:
+            ServerError: QUEUE_FULL; DEADLINE_TOO_SHORT; INVALID_REQUEST.
+        """
+        if found := self.find(job.request_id, fingerprint):
+            return found
+        self._check_room(job)
+        self._check_deadline(job, seconds_left)
+        job.taken = self._now()
+        self._answers.add(job.request_id, fingerprint, job)
+        return job
+
+    @contextmanager
+    def waiting(self, job: Job) -> Iterator[None]:
+        """Has a request run while somebody waits for it, or takes its answer.
+
+        When the last one leaves, what has not run is put aside; work that was begun, and answers,
+        are kept for a while if the request can be found again.
+
+        Raises:
+            ServerError: MODEL_NOT_LOADED if the model has gone while nobody waited.
+        """
+        if not job.callers and not job.finished.is_set():
+            if job.model.state is not State.READY:
+                self._answers.drop(job.request_id)
+                raise ServerError(
+                    Reason.MODEL_NOT_LOADED,
+                    f"model {job.model.handle} was unloaded before this request had run",
+                )
+            self.queue.add(job)
+            self._wake()
+        if not job.callers:
+            self._nbytes += job.nbytes
+        job.callers += 1
+        self.callers += 1
+        self._answers.back(job.request_id)
+        try:
+            yield
+        finally:
+            job.callers -= 1
+            self.callers -= 1
+            if not job.callers:
+                self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        self.queue.remove(job)
+        self._nbytes -= job.nbytes
+        if job.request_id:
+            self._answers.leave(job.request_id, job.nbytes, self._now())
+            asyncio.get_running_loop().call_later(RETENTION_SECONDS, self._expire)
+
+    def _expire(self) -> None:
+        self._answers.expire(self._now())
+
+    def _check_room(self, job: Job) -> None:
+        if excess := self.queue.excess(job):
+            wait = excess / self._pace if self._pace else _UNKNOWN_SECONDS
+            text = (
+                f"{self.queue.tokens} tokens wait, {self.queue.tokens_of(job.client)} of them this "
+                f"client's; {self.queue.capacity} may, and no client may have more than is left "
+                "free"
+            )
+            raise _full(text, wait, self.queue.capacity)
+        if self._nbytes and self._nbytes + job.nbytes > self._answer_bytes:
+            text = (
+                f"this request takes {job.nbytes} bytes, those before it {self._nbytes}; in all "
+                f"they may have {self._answer_bytes}"
+            )
+            raise _full(text, _UNKNOWN_SECONDS, self._answer_bytes)
+
+    def _check_deadline(self, job: Job, seconds_left: float | None) -> None:
+        own = [speed for (handle, _), speed in self._speed.items() if handle == job.model.handle]
+        if seconds_left is None or not own:
+            return
+        others = self.queue.ahead_of(job) - job.tokens
+        wanted = job.tokens / max(own) + others / max(self._speed.values())
+        if wanted > seconds_left:
+            raise ServerError(
+                Reason.DEADLINE_TOO_SHORT,
+                f"the answer would take {wanted:.1f} s, and is wanted in {seconds_left:.1f} s: "
+                "give more time, or send fewer rows",
+            )
+
+    def _wake(self) -> None:
+        if self._running is None and self.queue.tokens:
+            self._running = start(self._run())
+
+    async def _run(self) -> None:
+        """Runs batches until nothing waits."""
+        try:
+            while pick := self.queue.pick():
+                await self._run_batch(pick)
+        finally:
+            self._running = None
+
+    async def _run_batch(self, pick: Pick) -> None:
+        begin = self._now()
+        for job in pick.jobs:
+            job.started = job.started or begin
+        try:
+            seconds = await self._device_thread.run(self._forward, pick)
+        except Exception as error:  # of the engine: none of them can have an answer
+            for job in pick.jobs:
+                self.queue.remove(job)
+                job.fail(error)
+        else:
+            self._note_speed(pick, seconds)
+        for job in pick.jobs:
+            job.settle(1)
+
+    def _forward(self, pick: Pick) -> float:
+        """Runs on the device thread; gives the seconds that it took."""
+        begin, handle = time.monotonic(), pick.jobs[0].model.handle
+        run_batch(
+            pick.pieces,
+            pick.bucket,
+            self._devices,
+            lambda batch, questions: self._engine.forward(handle, batch, questions),
+        )
+        return time.monotonic() - begin
+
+    def _note_speed(self, pick: Pick, seconds: float) -> None:
+        key, seconds = (pick.jobs[0].model.handle, pick.bucket), max(seconds, 1e-6)
+        full = pick.bucket.rows * pick.bucket.length / seconds
+        self._speed[key] = _smoothed(self._speed.get(key), full)
+        self._pace = _smoothed(self._pace or None, pick.tokens / seconds)
+
+
+def _smoothed(earlier: float | None, latest: float) -> float:
+    return latest if earlier is None else earlier + _SMOOTHING * (latest - earlier)
+
+
+def _full(text: str, wait: float, limit: int) -> ServerError:
+    wait = min(max(wait, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
+    message = f"{text}: try again in {wait:.1f} s"
+    return ServerError(Reason.QUEUE_FULL, message, retry_after=wait, limit=str(limit))
