@@ -1,7 +1,7 @@
 # make demo   a server, a real model, scored sentences
 # make test   lint, types and tests
 # make soak   what is too slow for the suite
-# make bench  every figure, as ratios within one run
+# make bench  every figure but those of loads, as ratios within one run; peers in ARGS
 # make bench-load  loads against the limit of reading and other loaders; options in ARGS
 # make bench-beside  a forward pass while another model loads; options in ARGS
 # make presets  every preset at its real size, compiled from shapes alone
@@ -30,10 +30,14 @@ lint: $(VENV)/dev
 	$(BIN)/buf format --diff --exit-code
 
 soak: $(VENV)/dev
-	timeout 3600 $(BIN)/python -m pytest -m soak --timeout 1800
+	timeout 7200 $(BIN)/python -m pytest -m soak --timeout 1800
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/restart.py
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/determinism.py
+	$(BIN)/python benchmarks/forward.py $(ARGS)
 
 bench-load: $(VENV)/dev
 	$(BIN)/python benchmarks/load.py $(ARGS)

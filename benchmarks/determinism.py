@@ -59,7 +59,7 @@ def main() -> None:
                 "no options": turns.timed(lambda ids=ids, m=loose: m.score(ids)),
                 "one plain program": turns.timed(lambda ids=ids, f=one: np.asarray(f(ids))),
             }
-            taken = turns.take_turns(runs, args.rounds, budget=45.0)
+            taken = turns.take_turns(runs, args.rounds, budget=20.0)
             for other in ("no options", "one plain program"):
                 name = f"{dtype}, {rows} x {length}: time / {other}"
                 turns.show(name, turns.ratios(taken["ours"], taken[other]), TARGET)

@@ -2,11 +2,10 @@
 
     python benchmarks/serving.py
 
-A server process holds SmolLM2-135M-Instruct, and so does this process. The first lines are
-milliseconds: a call of the server less the same call in process, which take turns; and a call less
-what its answer says of the time on the devices. Then requests a second of 8 tokens by 1 to 32
-clients, each a thread with a connection of its own: of the real model, and of one so tiny that the
-server does nothing else.
+A server process holds SmolLM2-135M-Instruct and a model so tiny that the server does nothing else,
+and so does this process. The first lines are milliseconds: a call of the server less the same call
+in process, which take turns; and a call less what its answer says of the time on the devices. Then
+requests a second of 8 tokens by 1 to 32 clients, each a thread with a connection of its own.
 """
 
 from __future__ import annotations
@@ -62,17 +61,19 @@ def main() -> None:
             for folder in (real, TINY)
         ]
         print(turns.HEADER)
-        overhead(models[0], in_process.Model(real, "float32", BUCKETS), args.rounds)
+        for model, folder in zip(models, (real, TINY), strict=True):
+            overhead(model, folder, args.rounds)
         for model, folder in zip(models, (real, TINY), strict=True):
             for number in CLIENTS:
                 rate = requests_per_second(server.address, model.handle, number, args.seconds)
                 turns.show(f"{folder.name}: requests/s, {number} clients", [rate])
 
 
-def overhead(served: Model[Scores], alone: in_process.Model, rounds: int) -> None:
+def overhead(served: Model[Scores], folder: Path, rounds: int) -> None:
     """Prints what a call of the server takes above the devices and above the same in process."""
+    alone = in_process.Model(folder, "float32", BUCKETS)
     for length in LENGTHS:
-        ids = np.random.default_rng(0).integers(3, 49_000, (1, length), dtype=np.int32)
+        ids = np.random.default_rng(0).integers(3, 100, (1, length), dtype=np.int32)
         around: list[float] = []
 
         def call(ids: np.ndarray = ids, around: list[float] = around) -> float:
@@ -85,8 +86,12 @@ def overhead(served: Model[Scores], alone: in_process.Model, rounds: int) -> Non
         runs = {"call": call, "alone": turns.timed(lambda ids=ids: alone.score(ids))}
         taken = turns.take_turns(runs, rounds)
         above = [1e3 * (a - b) for a, b in zip(taken["call"], taken["alone"], strict=True)]
-        turns.show(f"1 x {length}: ms of a call above the same in process", above, TARGET)
-        turns.show(f"1 x {length}: ms of a call above the devices", around[1:], TARGET)
+        turns.show(
+            f"{folder.name}, 1 x {length}: ms of a call above the same in process", above, TARGET
+        )
+        turns.show(
+            f"{folder.name}, 1 x {length}: ms of a call above the devices", around[1:], TARGET
+        )
 
 
 def requests_per_second(address: str, handle: str, clients: int, seconds: float) -> float:

@@ -116,14 +116,14 @@ async def serve() -> None:
             self, request: pb.ForwardRequest, context: Any
         ) -> AsyncIterator[pb.ForwardResponse]:
             yield pb.ForwardResponse(header=pb.ForwardHeader(tensors=[said]))
-            for chunk in answering.chunks([tensor]):
-                yield pb.ForwardResponse(chunk=chunk)
+            for response in answering.chunks([tensor]):
+                yield response
 
     async def bare(request: pb.ForwardRequest, context: Any) -> AsyncIterator[pb.ForwardResponse]:
         view = memoryview(tensor).cast("B")
         for offset in range(0, len(view), answering.CHUNK_BYTES):
             data = bytes(view[offset : offset + answering.CHUNK_BYTES])
-            yield pb.ForwardResponse(chunk=pb.TensorChunk(offset=offset, data=data))
+            yield pb.ForwardResponse(chunk={"offset": offset, "data": data})
 
     async def whole(request: pb.ForwardRequest, context: Any) -> pb.TensorChunk:
         return pb.TensorChunk(data=tensor.tobytes())

@@ -57,24 +57,22 @@ def timed(run: Callable[[], object]) -> Run:
 
 
 def take_turns(
-    runs: Mapping[str, Run], rounds: int, budget: float = math.inf
+    runs: Mapping[str, Run], rounds: int, budget: float = math.inf, warm: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round.
-
-    What is run first of all, by each, counts no more than that it is done. Rounds end when the
-    budget is spent, but not before the third.
 
     Args:
         runs: By name.
         rounds: At the most.
-        budget: Seconds for all of them.
+        budget: Seconds; once they are spent no further round begins.
+        warm: Whether all were run before; else each is, once, and that is not counted.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+    for run in runs.values() if not warm else ():
         run()
     begin = time.monotonic()
     for done in range(rounds):
-        if done >= 3 and time.monotonic() - begin > budget:
+        if done and time.monotonic() - begin > budget:
             break
         for name, run in runs.items():
             taken[name].append(run())

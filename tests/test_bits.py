@@ -116,11 +116,11 @@ def test_whatever_the_bucket_of_a_real_model(dtype: str) -> None:
 # Every output, with companions from other requests.
 
 
-def make_wide(folder: Path) -> Path:
-    """Two random layers of a real width, as a checkpoint."""
+def make_wide(folder: Path, name: str) -> Path:
+    """Two random layers of a real width, as a checkpoint like that golden one."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": 1536, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    config = golden_config("llama3") | sizes | {"vocab_size": 3000, "tie_word_embeddings": False}
+    config = golden_config(name) | sizes | {"vocab_size": 3000, "tie_word_embeddings": False}
     shapes = {
         "input_layernorm": (WIDTH,),
         "post_attention_layernorm": (WIDTH,),
@@ -132,6 +132,8 @@ def make_wide(folder: Path) -> Path:
         "mlp.up_proj": (1536, WIDTH),
         "mlp.down_proj": (WIDTH, 1536),
     }
+    if name.startswith("qwen3"):
+        shapes |= {"self_attn.q_norm": (64,), "self_attn.k_norm": (64,)}
     layers = {f"model.layers.{i}.{name}": shape for i in (0, 1) for name, shape in shapes.items()}
     tables = {"model.embed_tokens": (3000, WIDTH), "lm_head": (3000, WIDTH), "model.norm": (WIDTH,)}
     rng = np.random.default_rng(11)
@@ -217,7 +219,7 @@ def check_requests(
 
 
 def test_whatever_the_companions(tmp_path: Path) -> None:
-    checkpoint = open_folder(make_wide(tmp_path / "wide"), "float32", "float32")
+    checkpoint = open_folder(make_wide(tmp_path / "wide", "qwen3_untied"), "float32", "float32")
     profiles = (
         Profile(("logprobs", "entropy", "top_k"), 128),
         Profile(
@@ -228,15 +230,15 @@ def test_whatever_the_companions(tmp_path: Path) -> None:
         Profile(("logits",)),
         Profile(("hidden",)),
     )
-    check_requests(checkpoint, 12, profiles, [(1, 1)], [Bucket(32, 1), Bucket(32, 4)])
+    check_requests(checkpoint, 12, profiles, [(1, 1)], [Bucket(128, 1), Bucket(128, 4)])
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_five_hundred_requests(tmp_path: Path, tp: int, dtype: str) -> None:
-    checkpoint = open_folder(make_wide(tmp_path / "wide"), dtype, dtype)
+@pytest.mark.parametrize(("name", "tp"), [("llama3", 1), ("llama3", 2), ("qwen3_untied", 1)])
+def test_five_hundred_requests(tmp_path: Path, name: str, tp: int, dtype: str) -> None:
+    checkpoint = open_folder(make_wide(tmp_path / "wide", name), dtype, dtype)
     profiles = [profile for profile in PROFILES if profile in served(checkpoint.config)]
     meshes = [(size, tp) for size in SIZES if size * tp <= 8]
     buckets = [Bucket(64, 1), Bucket(64, 4), Bucket(128, 2)]

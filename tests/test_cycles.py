@@ -22,8 +22,9 @@ from moorage_models import automodel
 from moorage_models.errors import ModelError
 from moorage_models.sources import Policy
 from moorage_server.cache import ModelCache
-from moorage_server.engine import Batch, Bucket
+from moorage_server.engine import Batch, Bucket, Question
 from moorage_server.engine.local import LocalEngine
+from moorage_server.engine.outputs import PROFILES
 
 REQUEST = wanted("qwen3_tied", compute_dtype="float32")
 #: Threads that the event loop and the cache keep, a bounded number.
@@ -33,7 +34,10 @@ BATCH = Batch(
     np.ones((2, 128), np.int32),
     np.ones((2, 128), np.int32),
     np.tile(np.arange(128, dtype=np.int32), (2, 1)),
-    (128, 128),
+)
+EVERY = np.arange(256, dtype=np.int32)
+QUESTION = Question(
+    PROFILES[0], EVERY, EVERY, np.ones(256, np.float32), np.zeros((256, 0), np.int32)
 )
 
 
@@ -42,7 +46,7 @@ class Cycles:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.engine = LocalEngine(mesh_of(2, 2), [Bucket(128, 2)])
+        self.engine = LocalEngine(mesh_of(2, 2), [Bucket(128, 2)], profiles=PROFILES[:1])
         self.cache = ModelCache(self.engine, Policy())
 
     async def one(self) -> None:
@@ -53,10 +57,10 @@ class Cycles:
 
     async def unload(self) -> None:
         model = await load(self.cache, REQUEST)
-        scores = await self.cache.device_thread.run(
-            self.engine.forward, model.handle, BATCH, ["logprobs"]
+        answers = await self.cache.device_thread.run(
+            self.engine.forward, model.handle, BATCH, [QUESTION]
         )
-        assert np.isfinite(scores["logprobs"]).all()
+        assert np.isfinite(answers.tensors[0]["logprobs"]).all()
         assert await self.cache.unload(model.handle) == model.device_bytes
 
     async def cancel(self) -> None:

@@ -19,7 +19,10 @@ from moorage_models.monitor import LoadMonitor
 from moorage_models.sources import ModelRequest
 from moorage_server.engine import Bucket, local
 from moorage_server.engine.local import LocalEngine
-from moorage_server.scoring import make_rows, score
+from moorage_server.engine.outputs import Profile
+from moorage_server.requests import Wanted
+from moorage_server.rows import make_rows
+from moorage_server.scoring import make_work, score
 from places import Places, caches, files_of, places
 from server_thread import serving
 
@@ -112,6 +115,7 @@ def published(places: Places, name: str, key: str) -> ModelRequest:
 
 
 MESH = mesh_of(1, 1)
+PROFILES = (Profile(("logprobs",)),)
 
 
 def bits(params: Mapping[str, Any]) -> Bits:
@@ -146,7 +150,7 @@ def differing(found: Bits, wanted: Bits) -> set[str]:
 def engine() -> Iterator[LocalEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "_KEPT_PROGRAMS", len(MODELS))
-        yield local.LocalEngine(MESH, [Bucket(128, 2)])
+        yield local.LocalEngine(MESH, [Bucket(128, 2)], profiles=PROFILES)
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +174,13 @@ def scored(engine: LocalEngine) -> Callable[[str], np.ndarray]:
     def of(name: str) -> np.ndarray:
         checkpoint = open_folder(GOLDEN / name, compute_dtype="float32")
         engine.load(name, checkpoint, LoadMonitor())
-        forward = functools.partial(engine.forward, name)
         rows, _, _, _ = golden_case(name, "plain")
         packed = make_rows(np.concatenate(rows).tolist(), [len(row) for row in rows], [])
-        found = score(packed, checkpoint.config, ["logprobs"], engine.info().buckets, forward)
+        buckets = engine.info().buckets
+        work = make_work(packed, Wanted(("logprobs",)), checkpoint.config, buckets, PROFILES)
+        score(work, buckets, 1, functools.partial(engine.forward, name))
         engine.unload(name)
-        return found["logprobs"]
+        return work.tensors["logprobs"]
 
     return of
 

@@ -27,7 +27,7 @@ def load(tmp_path_factory) -> Iterator[Load]:
     with server_process(GOLDEN, folder, *flags, mesh="tp=1", buckets="8x128") as server:
         with moorage.connect(server.address) as client:
             handle = load_golden(client).handle
-        yield sized(Load(server.address, handle, 64))
+        yield sized(Load(server.address, handle, 24))
         assert "unexpected error" not in server.log.read_text()
 
 

@@ -61,7 +61,7 @@ def test_a_server_that_is_killed_comes_back_the_same(folder):
         np.testing.assert_allclose(before, expected, rtol=0, atol=tolerance)
         server.kill()
         with pytest.raises(moorage.Unavailable, match="does not answer"):
-            model.forward(rows)
+            model.forward(rows, timeout=1.0)
         with server_process(GOLDEN, folder, address=server.address) as again:
             wait_for(lambda: client.models() == [], moorage.Unavailable)
             with pytest.raises(moorage.NotFound, match="the same handle"):
@@ -104,7 +104,7 @@ def wait_for(condition, *but, seconds=20.0):
         time.sleep(0.05)
 
 
-def test_a_stop_in_mid_load_is_quick(tmp_path):
+def test_a_stop_in_mid_load_is_quick_and_who_waits_goes_on_with_the_next_server(tmp_path):
     shutil.copytree(GOLDEN / "llama3", tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace("128,", "1536,"))
@@ -120,8 +120,9 @@ def test_a_stop_in_mid_load_is_quick(tmp_path):
         begin = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - begin < 8
-        assert isinstance(loading.exception(20), moorage.Cancelled)
-    assert programs(seen) < seen[-1].stages["compile"].total == 26
+        assert programs(seen) < seen[-1].stages["compile"].total
+        with server_process(tmp_path, tmp_path, address=server.address):
+            assert loading.result(60).state == "ready"
 
 
 def programs(seen):

@@ -73,6 +73,14 @@ def test_a_server_that_never_answered_is_not_waited_for(
 
 
 @either
+def test_a_server_that_stops_says_that_another_comes(
+    make: Callable[[Clock], Any], answer: Any, breaks: int
+) -> None:
+    stopping = moorage.Unavailable("stopping", reason="SERVER_DRAINING", retry_after=5.0)
+    assert make(Clock()).pause(stopping) == 0.25
+
+
+@either
 def test_what_the_server_refuses_is_not_asked_for_again(
     make: Callable[[Clock], Any], answer: Any, breaks: int
 ) -> None:

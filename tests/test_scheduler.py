@@ -113,6 +113,13 @@ def same(found, expected):
     return True
 
 
+async def ended(engine, times):
+    """Returns once so many passes have ended, and whatever would begin has begun."""
+    while engine.count("forward ended") < times:
+        await asyncio.sleep(0.005)
+    await settle()
+
+
 FOUR = [[7, 8, 9]] * 4
 FOUR_GIVE = [NAN, -7, -8] * 4
 
@@ -180,7 +187,7 @@ async def test_what_was_cancelled_never_runs(made, engine):
     await abandon(task)
     assert made.scheduler.queue.tokens == 0
     engine.release()
-    await settle()
+    await ended(engine, 1)
     assert (engine.count("forward"), engine.count("forward ended")) == (1, 1)
     assert made.model.in_use == 0
 
@@ -192,7 +199,7 @@ async def test_rows_that_run_end_and_the_rest_does_not_begin(made, engine):
     await reached(engine, "forward")
     await abandon(task)
     engine.release()
-    await settle()
+    await ended(engine, 1)
     assert (engine.count("forward"), engine.count("forward ended")) == (1, 1)
 
 
@@ -204,7 +211,7 @@ async def test_a_request_that_was_cut_goes_on_where_it_was(made, engine):
         await reached(engine, "forward", batch)
         await abandon(task)
         engine.release()
-        await settle()
+        await ended(engine, batch)
         assert engine.count("forward") == batch
     same(await made.ask(*FOUR * 4, request_id="r"), FOUR_GIVE * 4)
     assert engine.count("forward") == 4

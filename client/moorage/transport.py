@@ -150,7 +150,7 @@ class Resumption:
             Error: `error` itself, if the connection did not break after an answer, or broke too
                 often or too long ago.
         """
-        draining = error.reason == "SERVER_DRAINING"
+        draining = error.reason == "SERVER_DRAINING" and error.retry_after is not None
         broken = draining or (isinstance(error, Unavailable) and not error.reason)
         self._answered = self._answered or draining
         if self._broke is None:

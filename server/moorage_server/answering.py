@@ -19,8 +19,9 @@ from moorage_server.jobs import Job
 from moorage_server.model import WEIGHTS_VERSION
 from moorage_server.requests import Wanted
 
-#: The most bytes of a chunk.
-CHUNK_BYTES = 1 << 20
+#: The most bytes of a chunk: with its envelope, a message stays under half a mebibyte, for which
+#: protobuf's buffer is doubled one time less.
+CHUNK_BYTES = 508 << 10
 
 _HEAD_DTYPE = "float32"
 _ENUMS = {
@@ -92,7 +93,7 @@ def header(job: Job, info: EngineInfo) -> pb.ForwardHeader:
     )
 
 
-def chunks(tensors: Sequence[np.ndarray], received: int = 0) -> Iterator[pb.TensorChunk]:
+def chunks(tensors: Sequence[np.ndarray], received: int = 0) -> Iterator[pb.ForwardResponse]:
     """The tensors' little-endian bytes in order.
 
     Args:
@@ -110,14 +111,15 @@ def chunks(tensors: Sequence[np.ndarray], received: int = 0) -> Iterator[pb.Tens
     return _chunks(tensors, received)
 
 
-def _chunks(tensors: Sequence[np.ndarray], skipped: int) -> Iterator[pb.TensorChunk]:
+def _chunks(tensors: Sequence[np.ndarray], skipped: int) -> Iterator[pb.ForwardResponse]:
     for number, tensor in enumerate(tensors):
         little = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<"))
         view = memoryview(little.reshape(-1).view(np.uint8).data)
         for offset in range(min(skipped, len(view)), len(view), CHUNK_BYTES):
             data = bytes(view[offset : offset + CHUNK_BYTES])
             checksum = google_crc32c.value(data)
-            yield pb.TensorChunk(tensor=number, offset=offset, crc32c=checksum, data=data)
+            chunk = {"tensor": number, "offset": offset, "crc32c": checksum, "data": data}
+            yield pb.ForwardResponse(chunk=chunk)  # in place: a message would be copied
         skipped = max(0, skipped - len(view))
 
 

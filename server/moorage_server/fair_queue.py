@@ -110,8 +110,8 @@ class FairQueue:
         others = (c.tokens for c in self._clients.values() if c is not client)
         return own + sum(min(tokens, own) for tokens in others)
 
-    def excess(self, job: Job) -> int:
-        """By how many tokens a request is too much; 0 if it may come.
+    def excess(self, client: str, tokens: int) -> int:
+        """By how many tokens a request of so many is too much; 0 if it may come.
 
         With what waits already a client may have no more than is left free, so that there is room
         for whoever comes next (dynamic thresholds: Choudhury and Hahne 1998); with nothing, all
@@ -119,7 +119,7 @@ class FairQueue:
         """
         if not self.tokens:
             return 0
-        return max(0, self.tokens + job.tokens + self.tokens_of(job.client) - self.capacity)
+        return max(0, self.tokens + tokens + self.tokens_of(client) - self.capacity)
 
     def add(self, job: Job) -> None:
         """Takes a request in, or again one that was removed."""

@@ -73,6 +73,25 @@ class Scheduler:
         """
         return self._answers.get(request_id, fingerprint)
 
+    def check_room(self, client: str, tokens: int) -> None:
+        """Refuses a request that would be too much, for its caller to know before it is looked at.
+
+        Args:
+            client: Who asks.
+            tokens: How many tokens it has, at the least.
+
+        Raises:
+            ServerError: QUEUE_FULL.
+        """
+        if excess := self.queue.excess(client, tokens):
+            text = (
+                f"{self.queue.tokens} tokens wait, {self.queue.tokens_of(client)} of them this "
+                f"client's; {self.queue.capacity} may, and no client may have more than is left "
+                "free"
+            )
+            wait = excess / self._pace if self._pace else _UNKNOWN_SECONDS
+            raise _full(text, wait, self.queue.capacity)
+
     def take(self, job: Job, *, fingerprint: bytes = b"", seconds_left: float | None = None) -> Job:
         """Takes a request, which runs while somebody waits for it.
 
@@ -89,7 +108,8 @@ class Scheduler:
         """
         if found := self.find(job.request_id, fingerprint):
             return found
-        self._check_room(job)
+        self.check_room(job.client, job.tokens)
+        self._check_bytes(job)
         self._check_deadline(job, seconds_left)
         job.taken = self._now()
         self._answers.add(job.request_id, fingerprint, job)
@@ -137,15 +157,7 @@ class Scheduler:
     def _expire(self) -> None:
         self._answers.expire(self._now())
 
-    def _check_room(self, job: Job) -> None:
-        if excess := self.queue.excess(job):
-            wait = excess / self._pace if self._pace else _UNKNOWN_SECONDS
-            text = (
-                f"{self.queue.tokens} tokens wait, {self.queue.tokens_of(job.client)} of them this "
-                f"client's; {self.queue.capacity} may, and no client may have more than is left "
-                "free"
-            )
-            raise _full(text, wait, self.queue.capacity)
+    def _check_bytes(self, job: Job) -> None:
         if self._nbytes and self._nbytes + job.nbytes > self._answer_bytes:
             text = (
                 f"this request takes {job.nbytes} bytes, those before it {self._nbytes}; in all "

@@ -255,6 +255,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         if job is None:
             model = await self._cache.when_ready(request.handle)
             self._draining.check()
+            self._scheduler.check_room(context.peer(), len(request.token_ids))
             job = self._scheduler.take(
                 self._job(model, request, context.peer()),
                 fingerprint=fingerprint,
@@ -267,8 +268,8 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
             work = job.result()
             chunks = answering.chunks(list(work.tensors.values()), request.received_bytes)
             yield pb.ForwardResponse(header=answering.header(job, self._info))
-            for chunk in chunks:
-                yield pb.ForwardResponse(chunk=chunk)
+            for response in chunks:
+                yield response
 
     async def _finish(self, job: Job) -> AsyncGenerator[pb.ForwardResponse, None]:
         """Waits for a request, with signs of life."""

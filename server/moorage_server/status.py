@@ -76,7 +76,9 @@ def status_of(error: Exception) -> status_pb2.Status:
         _log.error("unexpected error %s", number, exc_info=error)
         reason, metadata = "INTERNAL", {"error_id": number}
         message = f"a bug in the server; its log has the details under {number}"
-    details = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)]
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+    ]
     if isinstance(error, ServerError) and error.retry_after is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after)))
     code = CODES[reason].value[0]

@@ -38,13 +38,15 @@ _COMPILE_THREADS = 2
 
 T = TypeVar("T")
 
-#: Rows must not change with their neighbours: without the first, bfloat16 rows differ between
-#: buckets. The second keeps XLA's CPU compiler from converting a whole bfloat16 stack to float32
-#: ahead of the loop over layers.
+#: Rows must not change with their neighbours or their bucket. Without the first, those of bfloat16
+#: do. The second keeps XLA's CPU compiler from converting a whole bfloat16 stack to float32 ahead
+#: of the loop over layers. The third keeps sums out of its YNN library, which adds up the squares
+#: of a head in another order in another shape (seen in models that norm queries and keys).
 _COMPILER_OPTIONS: Mapping[str, dict[str, str | bool]] = {
     "cpu": {
         "xla_allow_excess_precision": False,
         "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     },
     "tpu": {"xla_allow_excess_precision": False},
 }

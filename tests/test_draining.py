@@ -1,0 +1,73 @@
+"""A server that is told to stop: what it took is done, and nothing else is taken."""
+
+import asyncio
+
+import pytest
+
+from cache_scenario import CONTEXT, load, reached, scenario, settle, wanted
+from moorage.v1 import moorage_pb2 as pb
+from moorage_models.sources import Policy
+from moorage_server import convert
+from moorage_server.errors import Reason, ServerError
+from moorage_server.service import ModelService, ScoringService
+from moorage_server.serving import make_server
+
+
+async def answer(server, engine, model):
+    service = ScoringService(server.cache, engine, server.scheduler, server.draining)
+    request = pb.ForwardRequest(handle=model.handle, token_ids=[7, 8, 9], row_lengths=[3])
+    return [part.WhichOneof("part") async for part in service.Forward(request, CONTEXT)]
+
+
+async def ask_for_model(server):
+    service = ModelService(server.cache, server.draining)
+    request = pb.LoadModelRequest(model=convert.to_spec(wanted("gemma2")))
+    return [part.WhichOneof("event") async for part in service.LoadModel(request, CONTEXT)]
+
+
+async def refusal(awaitable):
+    with pytest.raises(ServerError) as caught:
+        await awaitable
+    return caught.value.reason, caught.value.retry_after
+
+
+@scenario
+async def test_what_was_taken_is_done_and_nothing_else_is_taken(cache, engine):
+    server, hurry = make_server(cache, engine, Policy()), asyncio.Event()
+    model = await load(cache)
+    engine.hold("forward")
+    running = asyncio.create_task(answer(server, engine, model))
+    await reached(engine, "forward")
+    draining = asyncio.create_task(server.drain(30.0, hurry))
+    await settle()
+    assert await refusal(answer(server, engine, model)) == (Reason.SERVER_DRAINING, 5.0)
+    assert await refusal(ask_for_model(server)) == (Reason.SERVER_DRAINING, 5.0)
+    assert not draining.done()
+    engine.release()
+    assert await running == ["header", "chunk"]
+    await draining
+
+
+@scenario
+async def test_who_waits_for_a_load_is_told_to_come_back(cache, engine):
+    server, hurry = make_server(cache, engine, Policy()), asyncio.Event()
+    engine.hold("place")
+    waiting = asyncio.create_task(ask_for_model(server))
+    await reached(engine, "place")
+    await server.drain(30.0, hurry)
+    assert await refusal(waiting) == (Reason.SERVER_DRAINING, 5.0)
+
+
+@scenario
+async def test_a_second_signal_or_the_end_of_the_time_ends_the_wait(cache, engine):
+    server, hurry = make_server(cache, engine, Policy()), asyncio.Event()
+    model = await load(cache)
+    engine.hold("forward")
+    running = asyncio.create_task(answer(server, engine, model))
+    await reached(engine, "forward")
+    await server.drain(0.05, hurry)
+    hurry.set()
+    await server.drain(30.0, hurry)
+    assert not running.done()
+    engine.release()
+    await running
