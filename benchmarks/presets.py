@@ -41,7 +41,8 @@ def main() -> None:
     for name in args.presets or sorted(PRESETS):
         plan = preset_plan(PRESETS[name])
         begin = time.perf_counter()
-        program = compile_lowered(lower_trunk(plan, "bfloat16", mesh, bucket), mesh)
+        lowered = lower_trunk(plan, "bfloat16", mesh, bucket)
+        program = compile_lowered(lowered, mesh, is_trunk=True)
         seconds = time.perf_counter() - begin
         temporary = program.memory_analysis().temp_size_in_bytes
         held = plan.device_bytes(sizes)

@@ -159,7 +159,7 @@ def test_nothing_is_as_large_as_the_logits_of_a_batch(length: int, sizes: Sizes)
     """Neither `[rows, length, V]` nor the same flattened, as a whole or a device's part of it."""
     config, mesh = config_of(151_936, 30.0), mesh_of(*sizes)
     plan, bucket = preset_plan(config, "float32"), Bucket(length, 2 * sizes[0])
-    trunk = compile_lowered(lower_trunk(plan, "float32", mesh, bucket), mesh)
+    trunk = compile_lowered(lower_trunk(plan, "float32", mesh, bucket), mesh, is_trunk=True)
     gather = compile_lowered(lower_gather(plan, mesh, bucket), mesh)
     own = config.vocab_size // sizes[1]
     tokens = {bucket.rows, length, bucket.rows * length, 2 * length}

@@ -34,7 +34,7 @@ def mesh_of(**sizes: int) -> Mesh:
 
 def temporaries(preset: str, bucket: Bucket, mesh: Mesh) -> int:
     lowered = lower_trunk(preset_plan(PRESETS[preset]), "bfloat16", mesh, bucket)
-    memory = compile_lowered(lowered, mesh).memory_analysis()
+    memory = compile_lowered(lowered, mesh, is_trunk=True).memory_analysis()
     return int(memory.temp_size_in_bytes)
 
 
@@ -54,7 +54,9 @@ def test_a_device_is_given_what_the_plan_says(preset: str) -> None:
     mesh = mesh_of(fsdp=2, tp=4)
     plan = preset_plan(PRESETS[preset])
     lowered = lower_trunk(plan, "bfloat16", mesh, Bucket(128, 2))
-    arguments = compile_lowered(lowered, mesh).memory_analysis().argument_size_in_bytes
+    arguments = (
+        compile_lowered(lowered, mesh, is_trunk=True).memory_analysis().argument_size_in_bytes
+    )
     head = (
         0
         if plan.config.tied

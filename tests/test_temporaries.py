@@ -145,7 +145,7 @@ def _bound_and_compiled(
     trunk_params, head_params = split_params(
         {p.name: p.device_bytes(axes) for p in plan.parameters}, plan.config
     )
-    trunk = compile_lowered(lower_trunk(plan, dtype, mesh, bucket), mesh)
+    trunk = compile_lowered(lower_trunk(plan, dtype, mesh, bucket), mesh, is_trunk=True)
     gather = compile_lowered(lower_gather(plan, mesh, bucket), mesh)
     result = max(map(_result_bytes, heads))
     states = _result_bytes(gather)

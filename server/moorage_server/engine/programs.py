@@ -40,15 +40,21 @@ T = TypeVar("T")
 
 #: Rows must not change with their neighbours or their bucket. Without the first, those of bfloat16
 #: do. The second keeps XLA's CPU compiler from converting a whole bfloat16 stack to float32 ahead
-#: of the loop over layers. The third keeps sums out of its YNN library, which adds up the squares
-#: of a head in another order in another shape (seen in models that norm queries and keys).
-_COMPILER_OPTIONS: Mapping[str, dict[str, str | bool]] = {
+#: of the loop over layers.
+_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {
         "xla_allow_excess_precision": False,
         "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     },
     "tpu": {"xla_allow_excess_precision": False},
+}
+
+#: Trunks come in several shapes. XLA's YNN library adds up the squares of a head in another order
+#: in another shape (seen in models that norm queries and keys): it is kept to products. The heads
+#: have one shape, and take less memory with it.
+_TRUNK_OPTIONS: dict[str, dict[str, str | bool]] = _COMPILER_OPTIONS | {
+    "cpu": _COMPILER_OPTIONS["cpu"]
+    | {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
 }
 
 
@@ -159,7 +165,7 @@ def compile_programs(
         monitor.check()
         lowered = lower()
         monitor.check()
-        program = compile_lowered(lowered, mesh)
+        program = compile_lowered(lowered, mesh, is_trunk=lower in trunks)
         monitor.advance("compile", 1)
         return program
 
@@ -182,9 +188,10 @@ def split_params(params: Mapping[str, T], config: ModelConfig) -> tuple[dict[str
     return trunk_params, {head: params[head]}
 
 
-def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh, *, is_trunk: bool = False) -> Compiled:
     """Compiles with the options that the mesh's platform needs for exact numbers."""
-    return lowered.compile(_COMPILER_OPTIONS.get(str(mesh.devices.flat[0].platform)))
+    options = _TRUNK_OPTIONS if is_trunk else _COMPILER_OPTIONS
+    return lowered.compile(options.get(str(mesh.devices.flat[0].platform)))
 
 
 def lower_trunk(
