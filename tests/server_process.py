@@ -64,6 +64,7 @@ def server_process(
     address: str = "",
     mesh: str = "fsdp=2,tp=2",
     buckets: str = "1x128",
+    outputs: str = "logprobs,logits",
 ) -> Iterator[ServerProcess]:
     """Starts a server and waits until its health is SERVING; kills it in the end if it still runs.
 
@@ -74,11 +75,14 @@ def server_process(
         address: host:port; a free one if left out.
         mesh: Its --mesh.
         buckets: Its --buckets.
+        outputs: Its --outputs; fewer are compiled sooner.
     """
     address = address or f"127.0.0.1:{free_port()}"
     log = folder / "server.log"
     where = ["--root", root, "--compile-cache", folder / "compiled"]
-    process = start(address, *where, "--mesh", mesh, "--buckets", buckets, *flags, log=log)
+    process = start(
+        address, *where, "--mesh", mesh, "--buckets", buckets, "--outputs", outputs, *flags, log=log
+    )
     try:
         _wait_until_serving(process, address, log)
         yield ServerProcess(process, address, log)
