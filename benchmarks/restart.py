@@ -53,7 +53,7 @@ def compile_seconds(model: Path, scratch: Path) -> float:
 
     with (
         server_process(
-            model.parent, scratch, mesh="fsdp=1,tp=1", buckets=DEFAULT_BUCKETS
+            model.parent, scratch, mesh="fsdp=1,tp=1", buckets=DEFAULT_BUCKETS, outputs=""
         ) as server,
         moorage.connect(server.address) as client,
     ):

@@ -80,6 +80,7 @@ class Client:
         self._passes.stop()
         self._renewal.stop()
         self._channel.close()
+        self._passes.join()
         self._renewal.join()
 
     def resolve(

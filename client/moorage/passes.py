@@ -140,11 +140,15 @@ class ThreadPasses:
         return future
 
     def stop(self) -> None:
-        """Cancels everything, and waits for its own threads."""
+        """Cancels everything."""
         for future in list(self._futures):
             future.cancel()
         for stop in list(self._stops):
             stop.set()
+        self._pool.shutdown(wait=False)
+
+    def join(self) -> None:
+        """Waits for its own threads, once the channel is closed: then no call can go on."""
         self._pool.shutdown()
 
     def _settle(self, future: Future[Scores], batch: Batch, stop: Stop) -> None:
