@@ -96,7 +96,7 @@ def running_server(root: Path, *, mesh: str) -> Iterator[str]:
     """The address of a server process whose log nobody needs."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        server_process(root, Path(folder), mesh=mesh) as server,
+        server_process(root, Path(folder), mesh=mesh, outputs="") as server,
     ):
         yield server.address
 
