@@ -75,7 +75,9 @@ def trunk(
         return (y if depth is None else jnp.where(kind["index"] < depth, y, x)), None
 
     stacked = {k.removeprefix(LAYERS): v for k, v in params.items() if k.startswith(LAYERS)}
-    x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, (stacked, _kinds(config)))
+    if depth is None:  # then it may be differentiated
+        body = jax.checkpoint(body, prevent_cse=False)
+    x, _ = jax.lax.scan(body, x, (stacked, _kinds(config)))
     normed = rms_norm(x, params["final_norm"], config.norm_eps, offset=config.norm_offset)
     if depth is not None:
         normed = jnp.where(depth < config.num_layers, x.astype(jnp.float32), normed)
