@@ -15,6 +15,7 @@ from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.errors import ModelError
 from moorage_models.sources import ModelRequest, ModelSource, Policy
+from moorage_server.access import Access
 from moorage_server.cache import Model, ModelCache
 from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
@@ -87,7 +88,9 @@ async def load(cache, request=None, seen=None):
 async def forward(cache, engine, model: Model):
     """One pass over three tokens, by the servicer itself."""
     request = pb.ForwardRequest(handle=model.handle, token_ids=[7, 8, 9], row_lengths=[3])
-    service = ScoringService(cache, engine, Scheduler(engine, cache.device_thread), Draining())
+    service = ScoringService(
+        cache, engine, Scheduler(engine, cache.device_thread), Draining(), Access()
+    )
     return [part async for part in service.Forward(request, CONTEXT)]
 
 

@@ -56,7 +56,7 @@ def seconds_to_cancel(checkpoint: Checkpoint) -> float:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30  # threads of other tests end by timeouts of their own
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -11,9 +11,12 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from moorage_models.sources import ModelSource, Policy
+from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Engine
+from moorage_server.limits import Limits
 from moorage_server.serving import make_server
+from moorage_server.tls import TlsFiles
 
 
 @dataclass
@@ -24,9 +27,15 @@ class ServerThread:
         engine: Its engine.
         address: host:port.
         problems: What asyncio complained of in its event loop.
+        access: Who may do what.
+        tls: Where its certificates are; None for plain text.
+        limits: What clients may have.
     """
 
     engine: Engine
+    access: Access | None = None
+    tls: TlsFiles | None = None
+    limits: Limits | None = None
     address: str = ""
     problems: list[dict] = field(default_factory=list)
     _started: threading.Event = field(default_factory=threading.Event)
@@ -34,9 +43,13 @@ class ServerThread:
     async def run(self, policy: Policy) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(lambda _, context: self.problems.append(context))
-        cache = ModelCache(self.engine, policy)
-        server = make_server(cache, self.engine, policy)
-        self.address = f"127.0.0.1:{server.grpc.add_insecure_port('127.0.0.1:0')}"
+        cache = ModelCache(self.engine, policy, limits=self.limits)
+        server = make_server(cache, self.engine, policy, access=self.access)
+        if self.tls:
+            port = server.grpc.add_secure_port("127.0.0.1:0", self.tls.credentials())
+        else:
+            port = server.grpc.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
         await server.grpc.start()
         await server.healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         self._started.set()
@@ -56,10 +69,15 @@ SOURCES = (ModelSource.HUGGINGFACE, ModelSource.INTERNAL, ModelSource.MAXTEXT)
 
 @contextmanager
 def serving(
-    engine: Engine, *roots: Path, sources: Sequence[ModelSource] = SOURCES
+    engine: Engine,
+    *roots: Path,
+    sources: Sequence[ModelSource] = SOURCES,
+    access: Access | None = None,
+    tls: TlsFiles | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[ServerThread]:
     """Serves directories under some roots; fails if asyncio complains of anything."""
-    server = ServerThread(engine)
+    server = ServerThread(engine, access, tls, limits)
     policy = Policy(tuple(sources), roots)
     thread = threading.Thread(target=lambda: asyncio.run(server.run(policy)), name="server")
     thread.start()

@@ -35,6 +35,7 @@ from moorage_models.errors import Reason as ModelReason
 from moorage_models.sources import Policy
 from moorage_server import cache as cache_module
 from moorage_server import convert, device_thread, loader
+from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
@@ -148,7 +149,9 @@ class Lifecycle(RuleBasedStateMachine):
         self.turn(turns)
 
     async def _load(self, message: pb.LoadModelRequest) -> None:
-        async for answer in ModelService(self.cache, Draining()).LoadModel(message, CONTEXT):
+        async for answer in ModelService(self.cache, Draining(), Access()).LoadModel(
+            message, CONTEXT
+        ):
             if answer.HasField("model"):
                 handle, seconds = answer.model.handle, message.lease.duration.seconds
                 model = self.cache.get(handle)
@@ -165,7 +168,7 @@ class Lifecycle(RuleBasedStateMachine):
     async def _forward(self, handle: str) -> None:
         ready, awaited = self._is_ready(handle), handle in self.awaited
         message = pb.ForwardRequest(handle=handle, token_ids=[7, 8, 9], row_lengths=[3])
-        service = ScoringService(self.cache, self.engine, self.scheduler, Draining())
+        service = ScoringService(self.cache, self.engine, self.scheduler, Draining(), Access())
         answers = service.Forward(message, CONTEXT)
         found: object = None
         try:
@@ -201,7 +204,7 @@ class Lifecycle(RuleBasedStateMachine):
         message = pb.UnloadModelRequest(handle=handle, lease_id=own, force=force)
         reason = ""
         try:
-            await ModelService(self.cache, Draining()).UnloadModel(message, CONTEXT)
+            await ModelService(self.cache, Draining(), Access()).UnloadModel(message, CONTEXT)
         except ServerError as error:
             reason = str(error.reason)
         assert reason == refused

@@ -143,6 +143,7 @@ def programs(seen):
         (["--buckets", "256x128"], "rows are a power of two"),
         (["--buckets", ""], "rows are a power of two"),
         (["--compile-cache", "/dev/null/x"], "Not a directory"),
+        (["--log-level", "loud"], "wanted one of debug, info, warning, error"),
     ],
 )
 def test_flags_that_cannot_be_served(flags, message, capsys, monkeypatch):
@@ -155,7 +156,7 @@ def test_flags_that_cannot_be_served(flags, message, capsys, monkeypatch):
     assert len(told.splitlines()) == 1
 
 
-@pytest.mark.parametrize("flags", [["--log-level", "loud"], ["--what"], ["--root"]])
+@pytest.mark.parametrize("flags", [["--what"], ["--root"], ["--state"]])
 def test_flags_that_are_wrong(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         main.main(flags)

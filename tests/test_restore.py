@@ -211,4 +211,4 @@ def test_restore_wants_a_state_folder(tmp_path, capsys):
     from moorage_server.main import main
 
     assert main(["--restore", "--compile-cache", str(tmp_path)]) == 1
-    assert "--restore needs --state" in capsys.readouterr().err
+    assert "restore needs state" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.checkpoint import open_checkpoint
 from moorage_server import answers, scheduler, service
+from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.device_thread import DeviceThread
 from moorage_server.draining import Draining
@@ -50,7 +51,7 @@ class Desk:
     def __init__(self, cache, engine, model, **limits):
         self.engine, self.model = engine, model
         self.scheduler = Scheduler(engine, cache.device_thread, **limits)
-        self.service = ScoringService(cache, engine, self.scheduler, Draining())
+        self.service = ScoringService(cache, engine, self.scheduler, Draining(), Access())
 
     def request(self, *rows, **fields):
         tokens = [token for row in rows for token in row]

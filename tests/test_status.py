@@ -1,5 +1,6 @@
 """Reasons and codes on the wire: one list in several places, and what a bug looks like."""
 
+import io
 import logging
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
+from moorage_server import logs
 from moorage_server.errors import Reason as ServerReason
 from moorage_server.errors import ServerError
 from moorage_server.status import CODES, status_of
@@ -23,12 +25,6 @@ from server_thread import channel_to, serving
 
 PROTO = Path(__file__).parent.parent / "proto" / "moorage" / "v1" / "moorage.proto"
 PREFIX = "ERROR_REASON_"
-
-#: On the wire's list for features that are not built yet.
-LATER = {
-    "PERMISSION_DENIED",
-    "LIMIT_EXCEEDED",
-}
 
 
 def reasons_of_the_proto() -> dict[str, str]:
@@ -44,13 +40,12 @@ def test_every_reason_has_a_code():
 
 def test_every_reason_is_on_the_wires_list():
     listed = {name.removeprefix(PREFIX) for name in pb.ErrorReason.keys()}  # noqa: SIM118
-    assert listed - {"UNSPECIFIED"} == set(CODES) | LATER
-    assert set(CODES) & LATER == set()
+    assert listed - {"UNSPECIFIED"} == set(CODES)
 
 
 def test_codes_are_those_that_the_proto_states():
     stated = reasons_of_the_proto()
-    assert stated.keys() == set(CODES) | LATER
+    assert stated.keys() == set(CODES)
     wrong = {
         reason: code for reason, code in CODES.items() if code.name not in stated[reason].split()
     }
@@ -81,21 +76,37 @@ def test_the_client_raises_the_kind_of_the_code():
     ],
 )
 def test_our_errors_are_told_as_they_are(error, code, reason, details):
-    status = status_of(error)
+    status = status_of(error, "request-7")
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
     assert (status.code, status.message) == (code.value[0], "no such thing")
-    assert info == error_details_pb2.ErrorInfo(reason=reason, domain="moorage", metadata=details)
+    assert info == error_details_pb2.ErrorInfo(
+        reason=reason, domain="moorage", metadata=details | {"request_id": "request-7"}
+    )
 
 
 @pytest.mark.parametrize("letter", ["a", "\N{LATIN SMALL LETTER E WITH ACUTE}", "\N{ANCHOR}"])
 def test_a_long_message_says_that_it_was_cut(letter):
-    status = status_of(ModelError(ModelReason.CHECKPOINT_MISMATCH, letter * 5000))
+    status = status_of(ModelError(ModelReason.CHECKPOINT_MISMATCH, letter * 5000), "x")
     assert re.fullmatch(f"{letter}+ ... \\(cut; the server's log has the rest\\)", status.message)
     assert 1600 < len(status.message.encode()) < 1800
 
 
 # A bug, through a server.
+
+
+@pytest.fixture
+def log():
+    """What the server logs, as text."""
+    stream, root = io.StringIO(), logging.getLogger()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logs.TextFormatter("%(levelname)s %(message)s%(request)s"))
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    yield stream
+    root.removeHandler(handler)
+    root.setLevel(level)
 
 
 def bug(*arguments):
@@ -122,30 +133,38 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_bug_is_a_number_on_the_wire_and_a_traceback_in_the_log(name, caplog):
+def test_a_bug_is_a_number_on_the_wire_and_a_traceback_in_the_log(name, log):
     engine = EngineDouble()
     with serving(engine, GOLDEN) as server, channel_to(server.address) as channel:
         engine.info = engine.need = bug
-        with caplog.at_level(logging.ERROR), pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(grpc.RpcError) as caught:
             CALLS[name](channel)
         del engine.info, engine.need
         status = rpc_status.from_call(caught.value)
         info = error_details_pb2.ErrorInfo()
         assert status.details[0].Unpack(info)
         assert caught.value.code() is grpc.StatusCode.INTERNAL
-        assert (info.reason, list(info.metadata)) == ("INTERNAL", ["error_id"])
-        number = info.metadata["error_id"]
-        assert re.fullmatch(r"[0-9a-f]{12}", number)
+        assert (info.reason, list(info.metadata)) == ("INTERNAL", ["request_id"])
+        number = info.metadata["request_id"]
+        assert re.fullmatch(r"[0-9a-f]{16}", number)
         assert status.message == f"a bug in the server; its log has the details under {number}"
         for leak in ("boom", "secret", "Traceback", "RuntimeError"):
             assert leak not in str(caught.value.trailing_metadata())
-        assert number in caplog.text
-        assert "boom in /srv/secret/place" in caplog.text
-        assert "Traceback (most recent call last)" in caplog.text
-        assert "in bug" in caplog.text
+        text = log.getvalue()
+        assert f"{number}" in text
+        assert "boom in /srv/secret/place" in text
+        assert "Traceback (most recent call last)" in text
+        assert "in bug" in text
         assert CALLS[name](channel)  # the server goes on
 
 
-def test_every_bug_has_a_number_of_its_own():
-    numbers = {status_of(RuntimeError("x")).message for _ in range(5)}
-    assert len(numbers) == 5
+def test_a_caller_may_choose_the_id_that_the_log_has(log):
+    with serving(EngineDouble(), GOLDEN) as server, channel_to(server.address) as channel:
+        stub = pb_grpc.ModelServiceStub(channel)
+        for given, kept in (("mine-7", True), ("not mine, at all", False), ("x" * 65, False)):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.GetModel(pb.GetModelRequest(handle="none"), metadata=[("x-request-id", given)])
+            info = error_details_pb2.ErrorInfo()
+            assert rpc_status.from_call(caught.value).details[0].Unpack(info)
+            assert (info.metadata["request_id"] == given) == kept
+            assert f"(request {info.metadata['request_id']})" in log.getvalue()

@@ -13,6 +13,7 @@
 from moorage import aio
 from moorage.answers import Change, Lease, LoadProgress, Model, Stage
 from moorage.client import Client, connect
+from moorage.credentials import Tls
 from moorage.errors import (
     Cancelled,
     DataLoss,
@@ -32,11 +33,12 @@ from moorage.errors import (
 from moorage.naming import BudgetEstimate, Config, Resolution, SupportedModel
 from moorage.options import ForwardOptions
 from moorage.scores import Scores, Semantics, Times
-from moorage.server_info import Device, Memory, OutputProfile, ServerInfo
+from moorage.server_info import Activity, Device, Limits, Memory, OutputProfile, ServerInfo
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activity",
     "BudgetEstimate",
     "Cancelled",
     "Change",
@@ -51,6 +53,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "Lease",
+    "Limits",
     "LoadProgress",
     "Memory",
     "MessageTooLarge",
@@ -66,6 +69,7 @@ __all__ = [
     "Stage",
     "SupportedModel",
     "Times",
+    "Tls",
     "Unauthenticated",
     "Unavailable",
     "Unsupported",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeAlias, Unpack
 
 import grpc.aio
 
 from moorage import answers, batch, decode, requests
 from moorage.answers import Lease, LoadProgress
+from moorage.credentials import Carrying, Credentials, Tls
 from moorage.errors import Error, NotFound, translated
 from moorage.naming import Resolution, SupportedModel
 from moorage.options import ForwardOptions
@@ -21,7 +23,6 @@ from moorage.rows import Rows
 from moorage.scores import Scores
 from moorage.server_info import ServerInfo
 from moorage.transport import (
-    OPTIONS,
     LoadWatch,
     ModelWatch,
     Stubs,
@@ -40,17 +41,26 @@ Change: TypeAlias = answers.Change[Coroutine[Any, Any, Scores]]
 """A change of such a model."""
 
 
-def connect(address: str | None = None, *, timeout: float | None = 600.0) -> Client:
+def connect(
+    address: str | None = None,
+    *,
+    timeout: float | None = 600.0,
+    tls: Tls | bool | None = None,
+    token: str | None = None,
+) -> Client:
     """Makes a client; call it within a running event loop.
 
     Args:
         address: As in `moorage.connect`.
         timeout: As in `moorage.connect`.
+        tls: As in `moorage.connect`.
+        token: As in `moorage.connect`.
 
     Returns:
         The client; close it, or use it in an `async with` block.
     """
-    return Client(address_of(address), timeout)
+    address = address_of(address)
+    return Client(address, timeout, Credentials.of(address, tls, token))
 
 
 class Client:
@@ -62,13 +72,17 @@ class Client:
     Args:
         address: "host:port" of the server.
         timeout: Seconds that a call may take, or None for any time.
+        credentials: What it connects with; by default nothing, in plain text.
     """
 
-    def __init__(self, address: str, timeout: float | None) -> None:
+    def __init__(
+        self, address: str, timeout: float | None, credentials: Credentials | None = None
+    ) -> None:
         self.address = address
         self._timeout = timeout
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._open: Stubs | None = stubs(self._channel)
+        credentials = credentials or Credentials()
+        self._channel = credentials.channel(grpc.aio, address)
+        self._open: Stubs | None = stubs(self._channel, partial(Carrying, credentials=credentials))
         self._renewal = TaskRenewal(self._open.models, address)
         self._passes = TaskPasses(self._open.scoring, address)
 

@@ -159,6 +159,7 @@ class Model(Generic[T_co]):
         history: When each state began, in order.
         running_count: Forward passes that run or wait.
         reserved_bytes: What is reserved for it on each device.
+        requested_by: Who asked for it first: the name of a token, or a connection.
     """
 
     handle: str
@@ -184,6 +185,7 @@ class Model(Generic[T_co]):
     history: Mapping[str, datetime]
     running_count: int
     reserved_bytes: int
+    requested_by: str
     client: Scorer[T_co] = field(repr=False, compare=False)
 
     @property

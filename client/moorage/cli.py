@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(argv[1:]) if argv[:1] == ["serve"] else _run(argv)
     except Error as error:
         reason = f"{error.reason}: " if error.reason else ""
-        print(f"moorage: {reason}{error.message}", file=sys.stderr)
+        print(f"moorage: {reason}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("moorage: interrupted", file=sys.stderr)
@@ -166,7 +166,20 @@ _COMMANDS: Mapping[str, _Command] = {
             ("--compute-dtype", {"default": "", "help": "of the arithmetic; as --dtype"}),
         ),
     ),
-    "ps": _Command(commands.ps, "list the models that are loaded or being loaded"),
+    "ps": _Command(
+        commands.ps,
+        "list the models that are loaded or being loaded",
+        (
+            (
+                "--watch",
+                {
+                    "action": "store_true",
+                    "help": "show them, and what the server does, until interrupted; not on a "
+                    "terminal, or with --json, print how they are after each change",
+                },
+            ),
+        ),
+    ),
     "forward": _Command(
         commands.forward,
         "score rows: by default, print the log-probability of each token",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Unpack
 
 import grpc
@@ -13,6 +14,7 @@ import grpc
 from moorage import batch, decode, requests
 from moorage.answers import Change, Lease, LoadProgress, Model
 from moorage.batch import Batch
+from moorage.credentials import Carrying, Credentials, Tls
 from moorage.errors import Error, NotFound, translated
 from moorage.naming import Resolution, SupportedModel
 from moorage.options import ForwardOptions
@@ -23,7 +25,6 @@ from moorage.rows import Rows
 from moorage.scores import Scores
 from moorage.server_info import ServerInfo
 from moorage.transport import (
-    OPTIONS,
     LoadWatch,
     ModelWatch,
     Stubs,
@@ -36,18 +37,34 @@ from moorage.transport import (
 from moorage.v1 import moorage_pb2 as pb
 
 
-def connect(address: str | None = None, *, timeout: float | None = 600.0) -> Client:
+def connect(
+    address: str | None = None,
+    *,
+    timeout: float | None = 600.0,
+    tls: Tls | bool | None = None,
+    token: str | None = None,
+) -> Client:
     """Makes a client; nothing is sent until its first call.
 
     Args:
         address: "host:port" of a server, or "unix:path". By default the environment variable
             MOORAGE_SERVER, or else 127.0.0.1:8470.
         timeout: Seconds that a call may take, or None for any time. A load may take any time.
+        tls: `moorage.Tls` for a connection by TLS, True for one with the authorities that gRPC
+            brings, False for plain text; None for what the environment says: MOORAGE_TLS=1 is
+            True, MOORAGE_TLS_CA, MOORAGE_TLS_CERT, MOORAGE_TLS_KEY and MOORAGE_TLS_SERVER_NAME are
+            the attributes of `moorage.Tls`.
+        token: Who calls. By default what is in the environment variable MOORAGE_TOKEN, or in the
+            file that MOORAGE_TOKEN_FILE names, which is read at each call.
 
     Returns:
         The client; close it, or use it in a `with` block. Threads may share it.
+
+    Raises:
+        InvalidRequest: A token would go over a network in plain text.
     """
-    return Client(address_of(address), timeout)
+    address = address_of(address)
+    return Client(address, timeout, Credentials.of(address, tls, token))
 
 
 class Client:
@@ -58,13 +75,17 @@ class Client:
     Args:
         address: "host:port" of the server.
         timeout: Seconds that a call may take, or None for any time.
+        credentials: What it connects with; by default nothing, in plain text.
     """
 
-    def __init__(self, address: str, timeout: float | None) -> None:
+    def __init__(
+        self, address: str, timeout: float | None, credentials: Credentials | None = None
+    ) -> None:
         self.address = address
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._open: Stubs | None = stubs(self._channel)
+        credentials = credentials or Credentials()
+        self._channel = credentials.channel(grpc, address)
+        self._open: Stubs | None = stubs(self._channel, partial(Carrying, credentials=credentials))
         self._renewal = ThreadRenewal(self._open.models, address)
         self._passes = ThreadPasses(self._open.scoring, address)
 

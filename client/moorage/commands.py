@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from moorage import score_table
-from moorage.answers import Lease, Model
+from moorage.answers import Model
 from moorage.client import Client
+from moorage.descriptions import activity, ago, limits, model_columns
 from moorage.errors import InvalidRequest, NotFound
 from moorage.naming import BudgetEstimate, Config, Resolution
-from moorage.progress import placed
-from moorage.render import count, duration, pairs, size, sizes, table
+from moorage.render import count, duration, pairs, size, table
 from moorage.scores import Scores
 from moorage.server_info import OutputProfile
 from moorage.tokens import encode
-
-_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,14 @@ def load(client: Client, arguments: Namespace) -> Output:
     return Output(model, pairs(facts))
 
 
-def ps(client: Client, _: Namespace) -> Output:
-    """Lists the models."""
+def ps(client: Client, arguments: Namespace) -> Output:
+    """Lists the models; with --watch, shows the server until it is interrupted."""
+    if arguments.watch:
+        from moorage import watching  # only who watches pays for the import
+
+        watching.watch(client, as_json=arguments.json)
     models = client.models()
-    columns: dict[str, Sequence[object]] = {
-        "HANDLE": [m.handle for m in models],
-        "MODEL": [m.model_id for m in models],
-        "STATE": [_state(m) for m in models],
-        "DTYPE": [_DTYPES.get(m.dtype, m.dtype) for m in models],
-        "EACH/ALL": [_each_and_all(m.device_bytes) for m in models],
-        "LEASES": [_leases(m.leases) for m in models],
-        "USED": [_ago(m.last_use_time, units=1) for m in models],
-        "RUN": [m.running_count for m in models],
-        "FWDS": [count(m.forward_count) for m in models],
-        "TOKENS": [count(m.token_count) for m in models],
-    }
+    columns = model_columns(models, datetime.now(UTC))
     width = shutil.get_terminal_size((100, 24)).columns
     return Output(models, table(columns, width, ("MODEL", "LEASES")))
 
@@ -126,7 +117,7 @@ def status(client: Client, _: Namespace) -> Output:
         "server": client.address,
         "version": info.version,
         "platform": info.platform,
-        "up for": _ago(info.start_time),
+        "up for": ago(info.start_time, datetime.now(UTC)),
         "mesh": ", ".join(f"{axis}={length}" for axis, length in info.mesh.items()),
         "buckets": ", ".join(f"{rows}x{length}" for rows, length in info.buckets),
         "outputs": ", ".join(info.outputs),
@@ -141,6 +132,8 @@ def status(client: Client, _: Namespace) -> Output:
         "models may take": f"{size(info.memory.budget_bytes)} of each device",
         "reserved": f"{size(info.memory.reserved_bytes)} of each device",
         "host memory kept": size(info.memory.host_pool_bytes),
+        **limits(info),
+        **activity(info),
     }
     columns: dict[str, Sequence[object]] = {
         "DEVICE": [device.id for device in info.devices],
@@ -199,11 +192,6 @@ def _profile(profile: OutputProfile) -> str:
     return f"{'+'.join(profile.outputs)}{size}"
 
 
-def _state(model: Model[Scores]) -> str:
-    done, total = placed(model.progress) if model.progress else (0, 0)
-    return f"{model.state} {done / total:.0%}" if total else model.state
-
-
 def _config(config: Config | None) -> str:
     if config is None:
         return ""
@@ -217,18 +205,3 @@ def _memory(device_bytes: Mapping[int, int]) -> str:
     if len(device_bytes) == 1:
         return f"{size(total)} on one device"
     return f"{size(total)} on {len(device_bytes)} devices, at most {size(most)} on one"
-
-
-def _each_and_all(device_bytes: Mapping[int, int]) -> str:
-    amounts = device_bytes.values()
-    return sizes(max(amounts), sum(amounts)) if amounts else "-"
-
-
-def _leases(leases: Sequence[Lease]) -> str:
-    if len(leases) == 1:
-        return f"{leases[0].client} {duration(leases[0].seconds_left, units=1)}"
-    return str(len(leases) or "-")
-
-
-def _ago(time: datetime | None, units: int = 2) -> str:
-    return duration(max((datetime.now(UTC) - time).total_seconds(), 0.0), units) if time else "-"

@@ -14,7 +14,15 @@ from moorage.answers import Lease, LoadProgress, Model, Scorer, Stage, T_co, Tok
 from moorage.enums import name_of
 from moorage.naming import BudgetEstimate, Config, Resolution, SupportedModel
 from moorage.scores import Scores, Semantics, Times
-from moorage.server_info import Device, Memory, OutputProfile, ServerInfo
+from moorage.server_info import (
+    Activity,
+    Device,
+    Limits,
+    Memory,
+    OutputProfile,
+    RecentError,
+    ServerInfo,
+)
 from moorage.v1 import moorage_pb2 as pb
 
 
@@ -101,6 +109,7 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
         },
         running_count=message.running_count,
         reserved_bytes=message.reserved_bytes,
+        requested_by=message.client,
         client=client,
     )
 
@@ -131,6 +140,24 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         ),
         profiles=tuple(OutputProfile(tuple(p.outputs), p.size) for p in message.profiles),
         compiles_after_ready=message.compiles_after_ready,
+        limits=Limits(
+            **{field.name: getattr(message.limits, f"max_{field.name}") for field in fields(Limits)}
+        ),
+        activity=_activity(message.activity),
+    )
+
+
+def _activity(message: pb.Activity) -> Activity:
+    return Activity(
+        **_shared(Activity, message)
+        | {
+            "loads": {count.name: count.count for count in message.loads},
+            "refusals": {count.name: count.count for count in message.refusals},
+            "errors": tuple(
+                RecentError(**_shared(RecentError, error) | {"time": _time(error, "time")})
+                for error in message.errors
+            ),
+        }
     )
 
 

@@ -26,7 +26,7 @@ class Error(Exception):
             client or gRPC itself refused.
         code: The gRPC status code.
         details: Facts that the server attached, by name: of DEVICE_BUDGET_EXCEEDED needed_bytes,
-            free_bytes and leased_bytes.
+            free_bytes and leased_bytes; of every error request_id, to find it in the server's log.
         retry_after: Seconds to wait before the next attempt, or None.
     """
 
@@ -47,6 +47,10 @@ class Error(Exception):
         self.code = code or type(self).code
         self.details = dict(details or {})
         self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        request = self.details.get("request_id")
+        return f"{self.message} (request {request})" if request else self.message
 
 
 class InvalidRequest(Error):
@@ -157,6 +161,7 @@ REASONS: Mapping[str, type[Error]] = {
     "OUTPUT_NOT_SERVED": FailedPrecondition,
     "NON_FINITE_OUTPUT": InternalError,
     "ACCELERATOR_BUSY": FailedPrecondition,
+    "UNAUTHENTICATED": Unauthenticated,
     "INVALID_REQUEST": InvalidRequest,
     "INTERNAL": InternalError,
     "DEADLINE_TOO_SHORT": DeadlineExceeded,
@@ -194,6 +199,18 @@ _HINTS: Mapping[type[Error], str] = {
 }
 
 
+_HANDSHAKE_HINTS: Mapping[str, str] = {
+    "CERTIFICATE_VERIFY_FAILED": "{address} shows a certificate that cannot be trusted ({text}); "
+    "Tls(ca=...) names who may have signed it",
+    "Hostname Verification": "{address} shows a certificate of another host ({text}); "
+    "Tls(server_name=...) names the one that is meant",
+    "WRONG_VERSION_NUMBER": "{address} does not speak TLS ({text}); connect(tls=False)",
+    "Socket closed": "{address} hung up ({text}); it may want TLS, or TLS with a certificate of "
+    "this client that it trusts: connect(tls=moorage.Tls(...))",
+}
+"""What a failed handshake means, by gRPC's words for it."""
+
+
 def from_rpc(error: grpc.RpcError, address: str) -> Error:
     """Makes the exception that stands for a failed call.
 
@@ -212,6 +229,8 @@ def from_rpc(error: grpc.RpcError, address: str) -> Error:
         if kind is ResourceExhausted and "larger than max" in text:
             kind = MessageTooLarge
         hint = _HINTS.get(kind, "{text}")
+        if kind is Unavailable and "failed to connect" in text:
+            hint = next((h for words, h in _HANDSHAKE_HINTS.items() if words in text), hint)
         return kind(hint.format(address=address, text=text or code.name), code=code)
     retry = _detail(call, error_details_pb2.RetryInfo)
     return REASONS.get(info.reason, CODES.get(code, InternalError))(

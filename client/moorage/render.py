@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 _NARROWEST = 8
+_CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
 _TIMES = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 
@@ -28,14 +29,20 @@ def table(
     Returns:
         One line of titles, and one line for each row.
     """
+    return "\n".join("  ".join(row).rstrip() for row in cells(columns, width, elastic))
+
+
+def cells(
+    columns: Mapping[str, Sequence[object]], width: int = 0, elastic: Sequence[str] = ()
+) -> list[tuple[str, ...]]:
+    """Gives the aligned cells of `table`: a row of titles, and all other rows."""
     aligned = {title: _aligned([title, *values]) for title, values in columns.items()}
     while 0 < width < _width(aligned):
         widest = max(elastic, key=lambda title: len(aligned[title][0]))
         if (left := len(aligned[widest][0]) - 1) < _NARROWEST:
             break
         aligned[widest] = _aligned([_end(str(v), left) for v in (widest, *columns[widest])])
-    cells = aligned.values()
-    return "\n".join("  ".join(row).rstrip() for row in zip(*cells, strict=True))
+    return list(zip(*aligned.values(), strict=True))
 
 
 def pairs(facts: Mapping[str, object]) -> str:
@@ -80,6 +87,11 @@ def duration(seconds: float, units: int = 2) -> str:
     return " ".join(f"{count} {unit}" for count, unit in parts[:units] if count)
 
 
+def line(text: object) -> str:
+    """Writes a text that others chose so that a terminal obeys none of it: without controls."""
+    return str(text).translate(_CONTROLS)
+
+
 def document(value: object) -> str:
     """Writes one JSON document.
 
@@ -93,7 +105,7 @@ def document(value: object) -> str:
 
 
 def _aligned(values: Sequence[object]) -> list[str]:
-    texts = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in values]
+    texts = [f"{value:.4f}" if isinstance(value, float) else line(value) for value in values]
     width = max(map(len, texts))
     right = any(isinstance(value, int | float) for value in values)
     return [f"{text:>{width}}" if right else f"{text:{width}}" for text in texts]

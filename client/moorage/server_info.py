@@ -47,6 +47,85 @@ class OutputProfile:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How much there may be of everything; of `client_...`, for one client.
+
+    Attributes:
+        requests: Requests that are under way.
+        client_requests: The same.
+        client_tokens: Tokens that wait for the devices.
+        connections: Connections that are open.
+        models: Models that are loaded or on their way.
+        client_models: Those that it asked for first.
+        leases: Leases that have not ended.
+        client_leases: The same.
+    """
+
+    requests: int
+    client_requests: int
+    client_tokens: int
+    connections: int
+    models: int
+    client_models: int
+    leases: int
+    client_leases: int
+
+
+@dataclass(frozen=True)
+class RecentError:
+    """A request that was refused or failed.
+
+    Attributes:
+        time: When.
+        method: Which.
+        reason: Why, as `Error.reason`.
+        message: What its caller was told.
+        request_id: Its id in the server's log.
+        client: Who asked: the name of a token, or a connection.
+    """
+
+    time: datetime | None
+    method: str
+    reason: str
+    message: str
+    request_id: str
+    client: str
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the server does now, and what it has done since it started.
+
+    Attributes:
+        requests: Requests of every kind that are under way.
+        forwards_under_way: Forward passes that wait for their answers, or take them.
+        queued_tokens: Tokens that wait for the devices, padding included.
+        leases: Leases that have not ended.
+        forwards: Forward passes answered.
+        tokens: Tokens of theirs.
+        batches: Batches that ran.
+        batch_tokens: Tokens in them, of rows that were asked for.
+        batch_slots: Tokens in them, padding included.
+        loads: How many loads ended in each state, or failed for each reason.
+        refusals: How many requests were refused or failed, by reason.
+        errors: The latest of those, the latest last.
+    """
+
+    requests: int
+    forwards_under_way: int
+    queued_tokens: int
+    leases: int
+    forwards: int
+    tokens: int
+    batches: int
+    batch_tokens: int
+    batch_slots: int
+    loads: Mapping[str, int]
+    refusals: Mapping[str, int]
+    errors: tuple[RecentError, ...]
+
+
+@dataclass(frozen=True)
 class ServerInfo:
     """What the server is and what it accepts.
 
@@ -68,6 +147,8 @@ class ServerInfo:
         memory: What is promised to models, and what is held.
         profiles: The programs that are compiled for every model before it is ready.
         compiles_after_ready: Programs that were compiled for a forward pass: none, ever.
+        limits: How much clients may have.
+        activity: What goes on.
     """
 
     version: str
@@ -87,3 +168,5 @@ class ServerInfo:
     memory: Memory
     profiles: tuple[OutputProfile, ...]
     compiles_after_ready: int
+    limits: Limits
+    activity: Activity

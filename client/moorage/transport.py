@@ -66,20 +66,21 @@ class Stubs:
     server: Any
 
 
-def stubs(channel: Any) -> Stubs:
+def stubs(channel: Any, carrying: Callable[[Any], Any] = lambda stub: stub) -> Stubs:
     """Makes the stubs.
 
     Args:
         channel: A grpc.Channel or a grpc.aio.Channel.
+        carrying: Makes a stub one whose calls carry what the server wants to know.
 
     Returns:
         The stubs, whose calls are of the channel's kind.
     """
     return Stubs(
-        naming=pb_grpc.NamingServiceStub(channel),
-        models=pb_grpc.ModelServiceStub(channel),
-        scoring=pb_grpc.ScoringServiceStub(channel),
-        server=pb_grpc.ServerServiceStub(channel),
+        naming=carrying(pb_grpc.NamingServiceStub(channel)),
+        models=carrying(pb_grpc.ModelServiceStub(channel)),
+        scoring=carrying(pb_grpc.ScoringServiceStub(channel)),
+        server=carrying(pb_grpc.ServerServiceStub(channel)),
     )
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
+from moorage_server.activity import Activity
 from moorage_server.changes import Changes
 from moorage_server.engine import Engine, Need
 from moorage_server.errors import Reason, ServerError
 from moorage_server.journal import Journal
 from moorage_server.leases import Lease, LeaseTable
 from moorage_server.lifecycle import State
+from moorage_server.limits import Limits
 from moorage_server.loader import Loader
 from moorage_server.model import Model, Snapshot, handle_of
 from moorage_server.restoring import Restoration
@@ -27,10 +29,13 @@ class ModelCache:
     """One load for all callers that ask for the same model, within the devices' memory.
 
     Attributes:
+        mesh: Sizes of the mesh's axes, outermost first.
         device_thread: The one thread that runs on the devices, in order.
         budget: What the devices' memory is promised to.
         leases: Who keeps which model.
         changes: What became of models, for those who watch.
+        limits: What clients may have.
+        activity: What has been done.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class ModelCache:
         policy: Policy,
         now: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
+        *,
+        limits: Limits | None = None,
     ) -> None:
         """Makes a cache without models.
 
@@ -47,14 +54,17 @@ class ModelCache:
             policy: What may be read.
             now: The clock of the leases, in seconds.
             journal: Where is kept what is loaded; nowhere if None.
+            limits: What clients may have.
         """
+        self.limits = limits or Limits()
+        self.activity = Activity()
         self._policy = policy
-        self._mesh = engine.info().mesh
+        self.mesh = engine.info().mesh
         self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
         self.leases = LeaseTable(now)
-        self._loader = Loader(engine, self.leases, self._changed)
+        self._loader = Loader(engine, self.leases, self._changed, self.activity)
         self._restoration = Restoration(
-            journal, self.leases, self.models, lambda request: self._join(request, first=True)
+            journal, self.leases, self.models, lambda request: self._join(request, client=None)
         )
         self.budget = self._loader.budget
         self.changes: Changes[Snapshot] = Changes()
@@ -86,19 +96,22 @@ class ModelCache:
         """What a look that is under way fetches: an Orbax tree, whose shapes are in its files."""
         return self._resolving[request][1].stages() if request in self._resolving else {}
 
-    def join(self, request: ModelRequest, *, abandonable: bool = False) -> asyncio.Task[Model]:
+    def join(
+        self, request: ModelRequest, *, abandonable: bool = False, client: str = ""
+    ) -> asyncio.Task[Model]:
         """Joins the load of a model, or starts it if nobody has asked for it yet.
 
         Args:
             request: What is wanted.
             abandonable: Whether the load may end once everybody has left who watches it.
+            client: Who asks.
 
         Returns:
             A task that gives the model, loaded or not, or raises whatever stands in the way of a
             load. It is not the caller's to cancel: wait for it, or shield it. Its caller counts as
             one who waits, and has to `watch` the model, or else to `leave`.
         """
-        task = asyncio.create_task(self._joined(request, abandonable))
+        task = asyncio.create_task(self._joined(request, abandonable, client))
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
@@ -151,9 +164,13 @@ class ModelCache:
         """Starts to load what the journal says was loaded, and takes over the leases."""
         self._restoration.begin()
 
+    def preload(self, requests: Sequence[ModelRequest]) -> None:
+        """Starts to load models before anybody has asked for them."""
+        self._restoration.preload(requests)
+
     @property
     def is_restoring(self) -> bool:
-        """Whether models of the server before this one are still to come."""
+        """Whether models are still to come, of the server before this one or to be preloaded."""
         return self._restoration.is_running
 
     async def when_ready(self, handle: str) -> Model:
@@ -205,13 +222,22 @@ class ModelCache:
             )
         return await asyncio.shield(self._loader.let_go(model))
 
-    def lease(self, model: Model, client: str, seconds: float) -> Lease:
+    def lease(self, model: Model, client: str, seconds: float, holder: str = "") -> Lease:
         """Gives a client a lease on a model that is ready.
 
+        Args:
+            model: The model.
+            client: Who holds it, as the client calls itself.
+            seconds: How long it lasts unless it is renewed.
+            holder: Who holds it, as the server knows callers.
+
         Raises:
-            ServerError: MODEL_NOT_LOADED; INVALID_REQUEST.
+            ServerError: MODEL_NOT_LOADED; INVALID_REQUEST; LIMIT_EXCEEDED.
         """
-        lease = self.leases.take(self.ready(model.handle).handle, client, seconds)
+        ready, leases = self.ready(model.handle), self.leases.all()
+        self.limits.check("leases", len(leases))
+        self.limits.check("client_leases", sum(lease.holder == holder for lease in leases))
+        lease = self.leases.take(ready.handle, client, seconds, holder)
         self._changed(model)
         return lease
 
@@ -258,8 +284,8 @@ class ModelCache:
         for monitor in looks + [model.monitor for model in self.models()]:
             monitor.cancel()
 
-    async def _joined(self, request: ModelRequest, abandonable: bool) -> Model:
-        model = await self._join(request, abandonable=abandonable)
+    async def _joined(self, request: ModelRequest, abandonable: bool, client: str) -> Model:
+        model = await self._join(request, abandonable=abandonable, client=client)
         model.waiters += 1
         return model
 
@@ -271,18 +297,31 @@ class ModelCache:
             self._loader.let_go(model)
 
     async def _join(
-        self, request: ModelRequest, *, abandonable: bool = False, first: bool = False
+        self, request: ModelRequest, *, abandonable: bool = False, client: str | None
     ) -> Model:
+        """Joins or starts a load; without a client, before those that clients ask for."""
         checkpoint = await self.resolve(request)
-        handle = handle_of(checkpoint, self._mesh)
-        if not first and handle not in self._loader.models:
+        handle = handle_of(checkpoint, self.mesh)
+        if client is not None and handle not in self._loader.models:
             await self._restoration.admitted()
         while (model := self._loader.models.get(handle)) and model.unload:
             await asyncio.wait([model.unload])
         if model is None:
-            model = self._loader.load(handle, checkpoint)
+            if client is not None:
+                self._check_models(client)
+            model = self._loader.load(handle, checkpoint, client or "")
         model.abandonable = model.abandonable and abandonable
         return model
+
+    def _check_models(self, client: str) -> None:
+        """Refuses a model that would be one too many.
+
+        Raises:
+            ServerError: LIMIT_EXCEEDED.
+        """
+        models = self._loader.models.values()
+        self.limits.check("models", len(models))
+        self.limits.check("client_models", sum(model.client == client for model in models))
 
     def _changed(self, model: Model) -> None:
         self.changes.add(self.snapshot(model))

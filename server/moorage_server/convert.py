@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -11,11 +13,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
+from moorage_models.dtypes import ITEM_BYTES
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import Stage
 from moorage_models.naming import ModelNaming
+from moorage_models.plan import Plan
 from moorage_models.sources import ModelRequest, ModelSource
 from moorage_models.tokenizer_facts import TokenizerFacts
+from moorage_server.activity import Refusal
 from moorage_server.leases import Lease
 from moorage_server.lifecycle import State
 from moorage_server.model import Model, Snapshot
@@ -144,12 +149,41 @@ def to_model(snapshot: Snapshot, now: float) -> pb.Model:
         running_count=model.in_use,
         reserved_bytes=snapshot.reserved,
         weights_digest=model.weights_digest,
+        client=model.client,
     )
     if model.last_use:
         message.last_use_time.CopyFrom(timestamp(model.last_use))
     if model.state in (State.QUEUED, State.LOADING):
         message.progress.CopyFrom(to_progress(model))
     return message
+
+
+def to_layout(plan: Plan[Any], mesh: Mapping[str, int]) -> list[pb.ParameterLayout]:
+    """How the parameters of a plan lie on a mesh, the largest first."""
+    largest = sorted(plan.parameters, key=lambda p: -math.prod(p.shape) * ITEM_BYTES[p.dtype])
+    return [
+        pb.ParameterLayout(
+            name=p.name, shape=p.shape, dtype=p.dtype, axes=map(",".join, p.spec(mesh))
+        )
+        for p in largest
+    ]
+
+
+def to_counts(counts: Mapping[str, int]) -> list[pb.Count]:
+    """How often something was so, by its name."""
+    return [pb.Count(name=name, count=count) for name, count in sorted(counts.items())]
+
+
+def to_recent_error(refusal: Refusal) -> pb.RecentError:
+    """A request that was refused or failed."""
+    return pb.RecentError(
+        time=timestamp(refusal.time),
+        method=refusal.call.method,
+        reason=refusal.reason,
+        message=refusal.message,
+        request_id=refusal.call.request_id,
+        client=refusal.call.caller.name,
+    )
 
 
 def to_lease(lease: Lease, now: float, *, shown_to_others: bool = False) -> pb.Lease:

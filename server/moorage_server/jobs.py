@@ -37,6 +37,7 @@ class Job:
         tokens: How many tokens that is, padding included.
         running: How many of its rows run.
         callers: How many wait for it, or take the answer.
+        answered: Whether one of them has got it.
         finished: Set once it is done or has failed.
         error: Why it failed.
     """
@@ -53,6 +54,7 @@ class Job:
     tokens: int = 0
     running: int = 0
     callers: int = 0
+    answered: bool = False
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
 

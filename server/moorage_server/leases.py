@@ -26,6 +26,7 @@ class Lease:
         client: Who holds it, as the client calls itself.
         seconds: How long it lasts unless it is renewed.
         expires: When it ends, on the clock of the table.
+        holder: Who holds it, as the server knows callers.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Lease:
     client: str
     seconds: float
     expires: float
+    holder: str = ""
 
 
 class LeaseTable:
@@ -48,14 +50,14 @@ class LeaseTable:
         self._dropped: deque[str] = deque(maxlen=_REMEMBERED)
         self._expired: set[str] = set()
 
-    def take(self, handle: str, client: str, seconds: float) -> Lease:
+    def take(self, handle: str, client: str, seconds: float, holder: str = "") -> Lease:
         """Gives a client a lease on a model.
 
         Raises:
             ServerError: INVALID_REQUEST for a duration that cannot be.
         """
         check_seconds(seconds)
-        lease = Lease(secrets.token_hex(16), handle, client, seconds, self.now() + seconds)
+        lease = Lease(secrets.token_hex(16), handle, client, seconds, self.now() + seconds, holder)
         self._leases[lease.id] = lease
         return lease
 

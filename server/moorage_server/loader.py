@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
+from moorage_server.activity import Activity
 from moorage_server.admission import Admission
 from moorage_server.budget import Budget
 from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Engine
+from moorage_server.errors import ServerError
 from moorage_server.leases import LeaseTable
 from moorage_server.lifecycle import State
 from moorage_server.model import Model
@@ -33,7 +35,11 @@ class Loader:
     """
 
     def __init__(
-        self, engine: Engine, leases: LeaseTable, on_change: Callable[[Model], None]
+        self,
+        engine: Engine,
+        leases: LeaseTable,
+        on_change: Callable[[Model], None],
+        activity: Activity,
     ) -> None:
         """Makes a loader without models.
 
@@ -41,10 +47,12 @@ class Loader:
             engine: What owns the mesh.
             leases: Who keeps which model.
             on_change: Is called after each change of a model that others may see.
+            activity: Where is counted what is done.
         """
         self._engine = engine
         self._leases = leases
         self._on_change = on_change
+        self._activity = activity
         self._turns = asyncio.Semaphore(_PARALLEL_LOADS)
         self._threads = ThreadPoolExecutor(_PARALLEL_LOADS, "load")
         self.models: dict[str, Model] = {}
@@ -54,9 +62,10 @@ class Loader:
         )
         self.device_thread = DeviceThread()
 
-    def load(self, handle: str, checkpoint: Checkpoint) -> Model:
+    def load(self, handle: str, checkpoint: Checkpoint, client: str) -> Model:
         """Starts to load a model whose handle is free."""
-        model = self.models[handle] = Model(handle, checkpoint, self._on_change)
+        model = Model(handle, checkpoint, self._on_change, client=client)
+        self.models[handle] = model
         self._on_change(model)
         model.load = start(self._load(model))
         return model
@@ -81,10 +90,13 @@ class Loader:
                 model.enter(State.LOADING)
                 await asyncio.get_running_loop().run_in_executor(self._threads, self._place, model)
             model.enter(State.READY)
+            self._activity.end_load(model.monitor.stages(), time.monotonic() - begin)
             if model.unload:  # asked for too late to stop the load
                 model.enter(State.DRAINING)
         except BaseException as error:
-            self._forget(model, _end_of(error))
+            end = _end_of(error)
+            self._forget(model, end)
+            self._activity.loads[_name_of(error) if end is State.FAILED else end] += 1
             if isinstance(error, asyncio.CancelledError) and model.unload:
                 model.monitor.check()  # says so to those who watch
             raise
@@ -123,6 +135,10 @@ class Loader:
         self.budget.release(model.handle)
         self._leases.drop(model.handle, unloaded=end is not State.FAILED)
         model.enter(end)
+
+
+def _name_of(error: BaseException) -> str:
+    return str(error.reason) if isinstance(error, ModelError | ServerError) else "INTERNAL"
 
 
 def _end_of(error: BaseException) -> State:

@@ -29,6 +29,7 @@ class Model:
         on_change: Is called after each change that others may see.
         state: How far it has come.
         history: When each state began, in seconds since the epoch.
+        client: Who asked for it first; empty for one that was loaded again after a restart.
         monitor: Progress of its load.
         device_bytes: Bytes of parameters by device id, once placed.
         weights_digest: A digest of the weights, once placed.
@@ -48,6 +49,7 @@ class Model:
     on_change: Callable[[Model], None]
     state: State = State.QUEUED
     history: dict[State, float] = field(default_factory=dict)
+    client: str = ""
     monitor: LoadMonitor = field(default_factory=LoadMonitor)
     device_bytes: dict[int, int] = field(default_factory=dict)
     weights_digest: str = ""
@@ -92,19 +94,22 @@ class Model:
         self.on_change(self)
 
     @contextmanager
-    def use(self, tokens: int) -> Iterator[None]:
+    def use(self) -> Iterator[None]:
         """Keeps the model from being unloaded while a forward pass runs."""
         self.in_use += 1
         self._idle.clear()
         try:
             yield
-            self.forwards += 1
-            self.tokens += tokens
         finally:
             self.last_use = time.time()
             self.in_use -= 1
             if self.in_use == 0:
                 self._idle.set()
+
+    def answer(self, tokens: int) -> None:
+        """Takes note of a forward pass that was answered."""
+        self.forwards += 1
+        self.tokens += tokens
 
     async def idle(self) -> None:
         """Returns once no forward pass runs."""

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
+from moorage_models.errors import ModelError
 from moorage_models.sources import ModelRequest
+from moorage_server.errors import ServerError
 from moorage_server.journal import Entry, Journal
 from moorage_server.leases import LeaseTable
 from moorage_server.lifecycle import State
@@ -41,6 +43,7 @@ class Restoration:
         self._load = load
         self._waiting: dict[str, Entry] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._preloads: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
@@ -70,10 +73,17 @@ class Restoration:
         self._waiting = {entry.handle: entry for entry in entries}
         self._tasks = {entry.handle: start(self._restore(entry)) for entry in entries}
 
+    def preload(self, requests: Sequence[ModelRequest]) -> None:
+        """Starts to load models before anybody has asked for them."""
+        for request in requests:
+            task = start(self._preload(request))
+            self._preloads.add(task)
+            task.add_done_callback(self._preloads.discard)
+
     @property
     def is_running(self) -> bool:
-        """Whether models of the last server are still to come."""
-        return bool(self._waiting)
+        """Whether models of the last server, or of the list to preload, are still to come."""
+        return bool(self._waiting or self._preloads)
 
     async def wait(self, handle: str) -> None:
         """Returns once a model of the last server is ready, or will not be; else at once."""
@@ -105,6 +115,15 @@ class Restoration:
             if load is None:
                 self._leases.drop(entry.handle, unloaded=False)
             self.changed()
+
+    async def _preload(self, request: ModelRequest) -> None:
+        try:
+            load = (await self._load(request)).load
+            if load:
+                await asyncio.wait([load])
+                load.result()
+        except (ModelError, ServerError) as error:
+            _log.error("%s cannot be preloaded: %s", request.model_id, error)
 
 
 def _entry(model: Model) -> Entry:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from moorage_server.activity import Activity
 from moorage_server.answers import RETENTION_SECONDS, AnswerTable
 from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Bucket, Engine
@@ -14,6 +15,7 @@ from moorage_server.errors import Reason, ServerError
 from moorage_server.fair_queue import FairQueue, Pick
 from moorage_server.jobs import Job
 from moorage_server.lifecycle import State
+from moorage_server.limits import Limits
 from moorage_server.scoring import run_batch
 from moorage_server.tasks import start
 
@@ -33,6 +35,8 @@ class Scheduler:
     Attributes:
         queue: The rows that wait.
         callers: How many wait for answers, or take them.
+        limits: What clients may have.
+        activity: What has been done.
     """
 
     def __init__(
@@ -42,6 +46,9 @@ class Scheduler:
         queue_tokens: int = QUEUE_TOKENS,
         answer_bytes: int = ANSWER_BYTES,
         now: Callable[[], float] = time.monotonic,
+        *,
+        limits: Limits | None = None,
+        activity: Activity | None = None,
     ) -> None:
         """Makes a scheduler with nothing to do.
 
@@ -51,6 +58,8 @@ class Scheduler:
             queue_tokens: How many tokens may wait, padding included.
             answer_bytes: How many bytes the requests may take that somebody waits for.
             now: The clock, in seconds.
+            limits: What clients may have.
+            activity: Where is counted what is done.
         """
         self._engine = engine
         self._device_thread = device_thread
@@ -64,6 +73,8 @@ class Scheduler:
         self._running: asyncio.Task[None] | None = None
         self.queue = FairQueue(queue_tokens)
         self.callers = 0
+        self.limits = limits or Limits()
+        self.activity = activity or Activity()
 
     def find(self, request_id: str, fingerprint: bytes) -> Job | None:
         """A request that was taken before, by its id.
@@ -81,8 +92,10 @@ class Scheduler:
             tokens: How many tokens it has, at the least.
 
         Raises:
-            ServerError: QUEUE_FULL.
+            ServerError: QUEUE_FULL; LIMIT_EXCEEDED.
         """
+        if waiting := self.queue.tokens_of(client):
+            self.limits.check("client_tokens", waiting, tokens)
         if excess := self.queue.excess(client, tokens):
             text = (
                 f"{self.queue.tokens} tokens wait, {self.queue.tokens_of(client)} of them this "
@@ -114,6 +127,14 @@ class Scheduler:
         job.taken = self._now()
         self._answers.add(job.request_id, fingerprint, job)
         return job
+
+    def answered(self, job: Job) -> None:
+        """Takes note that a caller gets the answer; of those who share it, or come back, once."""
+        if not job.answered:
+            job.answered, tokens = True, len(job.work.rows.tokens)
+            job.model.answer(tokens)
+            queue = max(0.0, (job.started or job.taken) - job.taken)
+            self.activity.answer(tokens, {"queue": queue, **vars(job.work.timings)})
 
     @contextmanager
     def waiting(self, job: Job) -> Iterator[None]:
@@ -202,6 +223,8 @@ class Scheduler:
                 job.fail(error)
         else:
             self._note_speed(pick, seconds)
+            slots = pick.bucket.rows * pick.bucket.length
+            self.activity.run_batch(sum(piece.length for piece in pick.pieces), slots)
         for job in pick.jobs:
             job.settle(1)
 

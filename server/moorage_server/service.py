@@ -17,24 +17,21 @@ from moorage_models.errors import ModelError
 from moorage_models.families import FAMILIES, PRESETS
 from moorage_models.naming import ModelNaming, find_preset
 from moorage_models.plan import Plan, preset_plan
-from moorage_models.sources import SOURCES, Policy
-from moorage_server import __version__, answering, convert
-from moorage_server.answers import RETAINED_BYTES, RETENTION_SECONDS
+from moorage_server import answering, convert
+from moorage_server.access import Access, Role
 from moorage_server.cache import ModelCache
 from moorage_server.draining import Draining
 from moorage_server.engine import Engine
-from moorage_server.engine.outputs import OUTPUTS, served
+from moorage_server.engine.outputs import served
 from moorage_server.errors import Reason, ServerError
 from moorage_server.jobs import Job
 from moorage_server.leases import check_seconds
 from moorage_server.lifecycle import State
 from moorage_server.model import WEIGHTS_VERSION, Model
-from moorage_server.requests import MAX_OUTPUT_BYTES
 from moorage_server.rows import make_rows
 from moorage_server.scheduler import Scheduler
 from moorage_server.scoring import make_work
 
-MAX_MESSAGE_BYTES = 4 << 20
 _HEARTBEAT_SECONDS = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -110,9 +107,10 @@ class NamingService(pb_grpc.NamingServiceServicer):
 class ModelService(pb_grpc.ModelServiceServicer):
     """Loads, lists and unloads."""
 
-    def __init__(self, cache: ModelCache, draining: Draining) -> None:
+    def __init__(self, cache: ModelCache, draining: Draining, access: Access) -> None:
         self._cache = cache
         self._draining = draining
+        self._access = access
 
     async def LoadModel(  # noqa: N802
         self, request: pb.LoadModelRequest, context: Context
@@ -120,10 +118,11 @@ class ModelService(pb_grpc.ModelServiceServicer):
         """Joins or starts a load; it goes on when its callers leave, unless they want otherwise."""
         self._draining.check()
         lease_seconds, model = _lease_seconds(request), None
+        client = self._access.caller_of(context).name
         while model is None or model.state is not State.READY:  # evicted as this one came
             started: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
             try:
-                async with aclosing(self._wait(request, started)) as wait:
+                async with aclosing(self._wait(request, client, started)) as wait:
                     async for progress in wait:
                         yield pb.LoadModelResponse(progress=progress)
             except ModelError:
@@ -132,17 +131,17 @@ class ModelService(pb_grpc.ModelServiceServicer):
             model = started.result()
         response = pb.LoadModelResponse()
         if lease_seconds:  # before anything else may run: from here on nobody waits for it
-            lease = self._cache.lease(model, request.lease.client, lease_seconds)
+            lease = self._cache.lease(model, request.lease.client, lease_seconds, client)
             response.lease.CopyFrom(convert.to_lease(lease, self._cache.leases.now()))
         response.model.CopyFrom(self._describe(model))
         yield response
 
     async def _wait(
-        self, request: pb.LoadModelRequest, started: asyncio.Future[Model]
+        self, request: pb.LoadModelRequest, client: str, started: asyncio.Future[Model]
     ) -> AsyncGenerator[pb.LoadProgress, None]:
         """Joins or starts a load, and yields its progress until it is over."""
         begin, wanted = time.monotonic(), convert.to_request(request.model)
-        join = self._cache.join(wanted, abandonable=request.cancel_if_abandoned)
+        join = self._cache.join(wanted, abandonable=request.cancel_if_abandoned, client=client)
         try:
             while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
                 yield pb.LoadProgress(
@@ -166,8 +165,10 @@ class ModelService(pb_grpc.ModelServiceServicer):
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.GetModelResponse:
-        """One model."""
-        return pb.GetModelResponse(model=self._describe(self._cache.get(request.handle)))
+        """One model, and how its parameters lie on the mesh."""
+        model = self._cache.get(request.handle)
+        layout = convert.to_layout(model.checkpoint.plan, self._cache.mesh)
+        return pb.GetModelResponse(model=self._describe(model), layout=layout)
 
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: Context
@@ -179,6 +180,9 @@ class ModelService(pb_grpc.ModelServiceServicer):
         self, request: pb.UnloadModelRequest, context: Context
     ) -> pb.UnloadModelResponse:
         """Drains and frees."""
+        if request.force:
+            caller = self._access.caller_of(context)
+            caller.check(Role.ADMIN, "unloading a model that others lease")
         freed = await self._cache.unload(request.handle, request.lease_id, request.force)
         return pb.UnloadModelResponse(device_bytes=convert.to_device_bytes(freed))
 
@@ -238,12 +242,18 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
     """Runs forward passes."""
 
     def __init__(
-        self, cache: ModelCache, engine: Engine, scheduler: Scheduler, draining: Draining
+        self,
+        cache: ModelCache,
+        engine: Engine,
+        scheduler: Scheduler,
+        draining: Draining,
+        access: Access,
     ) -> None:
         self._cache = cache
         self._info = engine.info()
         self._scheduler = scheduler
         self._draining = draining
+        self._access = access
 
     async def Forward(  # noqa: N802
         self, request: pb.ForwardRequest, context: Context
@@ -255,9 +265,10 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         if job is None:
             model = await self._cache.when_ready(request.handle)
             self._draining.check()
-            self._scheduler.check_room(context.peer(), len(request.token_ids))
+            client = self._access.caller_of(context).name
+            self._scheduler.check_room(client, len(request.token_ids))
             job = self._scheduler.take(
-                self._job(model, request, context.peer()),
+                self._job(model, request, client),
                 fingerprint=fingerprint,
                 seconds_left=context.time_remaining(),
             )
@@ -267,6 +278,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
                     yield response
             work = job.result()
             chunks = answering.chunks(list(work.tensors.values()), request.received_bytes)
+            self._scheduler.answered(job)
             yield pb.ForwardResponse(header=answering.header(job, self._info))
             for response in chunks:
                 yield response
@@ -278,7 +290,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         finished = asyncio.create_task(job.finished.wait())
         rows = len(job.work.rows.lengths)
         try:
-            with job.model.use(len(job.work.rows.tokens)):
+            with job.model.use():
                 while not (await asyncio.wait([finished], timeout=_HEARTBEAT_SECONDS))[0]:
                     progress = pb.ForwardProgress(
                         rows_done=rows - job.rows_left,
@@ -286,7 +298,6 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
                         queued_tokens=self._scheduler.queue.tokens,
                     )
                     yield pb.ForwardResponse(progress=progress)
-                job.result()  # a pass that failed is not counted
         finally:
             finished.cancel()
 
@@ -308,60 +319,6 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         profiles = served(config, self._info.profiles)
         work = make_work(rows, answering.to_wanted(request), config, buckets, profiles)
         return Job(model, client, work, buckets, request.request_id)
-
-
-class ServerService(pb_grpc.ServerServiceServicer):
-    """Describes the server."""
-
-    def __init__(
-        self, cache: ModelCache, engine: Engine, policy: Policy, scheduler: Scheduler
-    ) -> None:
-        self._cache = cache
-        self._engine = engine
-        self._scheduler = scheduler
-        self._policy = policy
-        self._started = time.time()
-
-    async def GetServerInfo(  # noqa: N802
-        self, request: pb.GetServerInfoRequest, context: Context
-    ) -> pb.GetServerInfoResponse:
-        """Version, devices, mesh and limits."""
-        info = self._engine.info()
-        models = [m for m in self._cache.models() if m.state is State.READY]
-        sources = SOURCES if self._policy.sources is None else self._policy.sources
-        return pb.GetServerInfoResponse(
-            version=__version__,
-            platform=info.platform,
-            devices=[
-                pb.Device(
-                    id=device.id,
-                    kind=device.kind,
-                    model_bytes=sum(m.device_bytes.get(device.id, 0) for m in models),
-                )
-                for device in info.devices
-            ],
-            mesh=[pb.MeshAxis(name=name, size=size) for name, size in info.mesh.items()],
-            buckets=[pb.Bucket(rows=b.rows, length=b.length) for b in info.buckets],
-            limits=pb.Limits(
-                max_message_bytes=MAX_MESSAGE_BYTES,
-                max_sequence_length=info.buckets[-1].length,
-                max_output_bytes=MAX_OUTPUT_BYTES,
-                max_queued_tokens=self._scheduler.queue.capacity,
-                answer_retention=convert.duration(RETENTION_SECONDS),
-                max_retained_bytes=RETAINED_BYTES,
-            ),
-            sources=[convert.source_name(source) for source in sources],
-            outputs=[name for name in OUTPUTS if any(name in p.outputs for p in info.profiles)],
-            start_time=convert.timestamp(self._started),
-            memory=pb.Memory(
-                budget_bytes=self._cache.budget.capacity,
-                reserved_bytes=self._cache.budget.reserved(),
-                live_bytes=convert.to_device_bytes(self._engine.live_bytes()),
-                host_pool_bytes=self._engine.pool_bytes(),
-            ),
-            profiles=[pb.OutputProfile(outputs=p.outputs, size=p.size) for p in info.profiles],
-            compiles_after_ready=self._engine.compiles_after_ready(),
-        )
 
 
 def _preset(model_id: str) -> Any:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +20,20 @@ from grpc_reflection.v1alpha import reflection
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 from moorage_models.sources import Policy
+from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.draining import Draining
 from moorage_server.engine import Engine
 from moorage_server.health import report
+from moorage_server.interceptor import Interceptor
+from moorage_server.limits import Gate
+from moorage_server.metrics import registry
 from moorage_server.scheduler import QUEUE_TOKENS, Scheduler
-from moorage_server.service import (
-    MAX_MESSAGE_BYTES,
-    ModelService,
-    NamingService,
-    ScoringService,
-    ServerService,
-)
-from moorage_server.status import ErrorInterceptor
+from moorage_server.server_service import MAX_MESSAGE_BYTES, ServerService
+from moorage_server.service import ModelService, NamingService, ScoringService
+from moorage_server.settings import Settings
+from moorage_server.status_page import StatusPage
+from moorage_server.tls import TlsFiles
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -56,7 +58,8 @@ class Server:
         cache: Its models.
         scheduler: Its requests.
         draining: Whether it is about to stop.
-        about: Its mesh, for people.
+        access: Who may do what.
+        about: What it says of itself.
     """
 
     grpc: grpc.aio.Server
@@ -64,7 +67,8 @@ class Server:
     cache: ModelCache
     scheduler: Scheduler
     draining: Draining
-    about: str
+    access: Access
+    about: ServerService
 
     async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
         """Takes no more work, and returns once the requests that were taken have their answers.
@@ -82,59 +86,128 @@ class Server:
 
 
 def make_server(
-    cache: ModelCache, engine: Engine, policy: Policy, queue_tokens: int = QUEUE_TOKENS
+    cache: ModelCache,
+    engine: Engine,
+    policy: Policy,
+    queue_tokens: int = QUEUE_TOKENS,
+    access: Access | None = None,
 ) -> Server:
     """A server with every service added, not yet listening."""
-    scheduler, draining = Scheduler(engine, cache.device_thread, queue_tokens), Draining()
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
+    access, gate, draining = access or Access(), Gate(cache.limits), Draining()
+    scheduler = Scheduler(
+        engine, cache.device_thread, queue_tokens, limits=cache.limits, activity=cache.activity
+    )
+    options = [*_OPTIONS, ("grpc.max_allowed_incoming_connections", cache.limits.connections)]
+    interceptor = Interceptor(access, gate, cache.activity)
+    server = grpc.aio.server(interceptors=[interceptor], options=options)
     pb_grpc.add_NamingServiceServicer_to_server(NamingService(cache, engine), server)
-    pb_grpc.add_ModelServiceServicer_to_server(ModelService(cache, draining), server)
-    scoring = ScoringService(cache, engine, scheduler, draining)
+    pb_grpc.add_ModelServiceServicer_to_server(ModelService(cache, draining, access), server)
+    scoring = ScoringService(cache, engine, scheduler, draining, access)
     pb_grpc.add_ScoringServiceServicer_to_server(scoring, server)
-    about = ServerService(cache, engine, policy, scheduler)
+    about = ServerService(cache, engine, policy, scheduler, gate)
     pb_grpc.add_ServerServiceServicer_to_server(about, server)
     healthy: Any = getattr(health, "aio").HealthServicer()  # noqa: B009 - untyped
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
     names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server)
-    info = engine.info()
-    mesh = ",".join(f"{name}={size}" for name, size in info.mesh.items())
-    devices = f"mesh {mesh} of {info.devices[0].kind}"
-    return Server(server, healthy, cache, scheduler, draining, devices)
+    return Server(server, healthy, cache, scheduler, draining, access, about)
 
 
-async def serve(server: Server, listen: str, drain_seconds: float, *, restore: bool) -> int:
+async def serve(server: Server, settings: Settings) -> int:
     """Serves until it is told to stop, by SIGINT or SIGTERM; by a second one, at once.
 
     Args:
         server: The server.
-        listen: Address and port.
-        drain_seconds: How long the requests that were taken may take then.
-        restore: Whether what the journal has is loaded again.
+        settings: Where it listens, what it loads before it is ready, and how long the requests that
+            were taken may take in the end.
 
     Returns:
         The exit code: 1 if it cannot listen.
     """
     try:
-        port = server.grpc.add_insecure_port(listen)
-    except RuntimeError:
-        problem = "it is not host:port" if ":" not in listen else "is it in use?"
-        print(f"moorage serve: cannot listen on {listen}: {problem}", file=sys.stderr)
+        page = _page(server, settings)
+        probes = await _listen(server, settings)
+    except (RuntimeError, ValueError) as error:
+        print(f"moorage serve: {error}", file=sys.stderr)
         return 1
-    if restore:
+    if settings.restore:
         server.cache.restore()
+    server.cache.preload(settings.preload)
     await server.grpc.start()
+    if page:
+        await page.start()
+        _log.info("status page at %s", page.url)
     reporting = asyncio.create_task(report(server.cache, server.healthy))
-    _log.info("serving on %s:%d, %s", listen.rsplit(":", 1)[0], port, server.about)
     stop, hurry = _signals()
     await stop.wait()
     _log.info("stopping; a second signal stops at once")
     reporting.cancel()
-    await server.drain(drain_seconds, hurry)
+    await server.drain(settings.drain_seconds, hurry)
     _exit_after(_CLOSE_SECONDS + _EXIT_SECONDS)
     await server.grpc.stop(0.0 if hurry.is_set() else _CLOSE_SECONDS)
+    if probes:
+        await probes.stop(0.0)
+    if page:
+        await page.stop()
     return 0
+
+
+async def _listen(server: Server, settings: Settings) -> grpc.aio.Server | None:
+    """Opens the ports; gives the server that answers health checks only, if there is one.
+
+    Raises:
+        RuntimeError: A port cannot be had.
+        ValueError: The certificates cannot be used.
+    """
+    if files := _tls(settings):
+        credentials = files.credentials()
+        port = _port(settings.listen, lambda where: server.grpc.add_secure_port(where, credentials))
+    else:
+        port = _port(settings.listen, server.grpc.add_insecure_port)
+    info = server.about.describe()
+    mesh = ",".join(f"{axis.name}={axis.size}" for axis in info.mesh)
+    _log.info(
+        "serving on %s, mesh %s of %s%s",
+        f"{settings.listen.rsplit(':', 1)[0]}:{port}",
+        mesh,
+        info.devices[0].kind,
+        "" if settings.tls_cert else ", in plain text",
+    )
+    if not settings.health_listen:
+        return None
+    probes = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(server.healthy, probes)
+    _port(settings.health_listen, probes.add_insecure_port)
+    await probes.start()
+    return probes
+
+
+def _page(server: Server, settings: Settings) -> StatusPage | None:
+    """Opens the status page's port, if there is to be one.
+
+    Raises:
+        RuntimeError: The port cannot be had.
+        ValueError: The certificates cannot be used.
+    """
+    if not settings.status_listen:
+        return None
+    metrics = registry(server.about, server.cache.activity.histograms)
+    where, files = settings.status_listen, _tls(settings)
+    return StatusPage(server.about, metrics, server.access, where, files)
+
+
+def _tls(settings: Settings) -> TlsFiles | None:
+    if settings.tls_cert and settings.tls_key:
+        return TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return None
+
+
+def _port(where: str, listen: Callable[[str], int]) -> int:
+    try:
+        return listen(where)
+    except RuntimeError as error:
+        raise RuntimeError(f"cannot listen on {where}: is it in use?") from error
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

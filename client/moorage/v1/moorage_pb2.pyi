@@ -55,6 +55,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_INVALID_REQUEST: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_DEADLINE_TOO_SHORT: _ClassVar[ErrorReason]
+    ERROR_REASON_UNAUTHENTICATED: _ClassVar[ErrorReason]
 
 class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -123,6 +124,7 @@ ERROR_REASON_ACCELERATOR_BUSY: ErrorReason
 ERROR_REASON_INVALID_REQUEST: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason
+ERROR_REASON_UNAUTHENTICATED: ErrorReason
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_QUEUED: ModelState
 MODEL_STATE_RESOLVING: ModelState
@@ -345,7 +347,7 @@ class LoadProgress(_message.Message):
     def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., stages: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., waiters: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes", "weights_digest")
+    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes", "weights_digest", "client")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +371,7 @@ class Model(_message.Message):
     RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
     handle: str
     state: ModelState
     name: ModelName
@@ -392,7 +395,20 @@ class Model(_message.Message):
     running_count: int
     reserved_bytes: int
     weights_digest: str
-    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., weights_digest: _Optional[str] = ...) -> None: ...
+    client: str
+    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., weights_digest: _Optional[str] = ..., client: _Optional[str] = ...) -> None: ...
+
+class ParameterLayout(_message.Message):
+    __slots__ = ("name", "shape", "dtype", "axes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    AXES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    axes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., axes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StateChange(_message.Message):
     __slots__ = ("state", "time")
@@ -423,10 +439,12 @@ class GetModelRequest(_message.Message):
     def __init__(self, handle: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "layout")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     model: Model
-    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+    layout: _containers.RepeatedCompositeFieldContainer[ParameterLayout]
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., layout: _Optional[_Iterable[_Union[ParameterLayout, _Mapping]]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -677,20 +695,88 @@ class Bucket(_message.Message):
     def __init__(self, rows: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes", "max_queued_tokens", "answer_retention", "max_retained_bytes")
+    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes", "max_queued_tokens", "answer_retention", "max_retained_bytes", "max_requests", "max_client_requests", "max_client_tokens", "max_connections", "max_models", "max_client_models", "max_leases", "max_client_leases")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_RETENTION_FIELD_NUMBER: _ClassVar[int]
     MAX_RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CLIENT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CLIENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CLIENT_MODELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEASES_FIELD_NUMBER: _ClassVar[int]
+    MAX_CLIENT_LEASES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_sequence_length: int
     max_output_bytes: int
     max_queued_tokens: int
     answer_retention: _duration_pb2.Duration
     max_retained_bytes: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., answer_retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_retained_bytes: _Optional[int] = ...) -> None: ...
+    max_requests: int
+    max_client_requests: int
+    max_client_tokens: int
+    max_connections: int
+    max_models: int
+    max_client_models: int
+    max_leases: int
+    max_client_leases: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., answer_retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_retained_bytes: _Optional[int] = ..., max_requests: _Optional[int] = ..., max_client_requests: _Optional[int] = ..., max_client_tokens: _Optional[int] = ..., max_connections: _Optional[int] = ..., max_models: _Optional[int] = ..., max_client_models: _Optional[int] = ..., max_leases: _Optional[int] = ..., max_client_leases: _Optional[int] = ...) -> None: ...
+
+class Activity(_message.Message):
+    __slots__ = ("requests", "forwards_under_way", "queued_tokens", "leases", "forwards", "tokens", "batches", "batch_tokens", "batch_slots", "loads", "refusals", "errors")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    forwards_under_way: int
+    queued_tokens: int
+    leases: int
+    forwards: int
+    tokens: int
+    batches: int
+    batch_tokens: int
+    batch_slots: int
+    loads: _containers.RepeatedCompositeFieldContainer[Count]
+    refusals: _containers.RepeatedCompositeFieldContainer[Count]
+    errors: _containers.RepeatedCompositeFieldContainer[RecentError]
+    def __init__(self, requests: _Optional[int] = ..., forwards_under_way: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., leases: _Optional[int] = ..., forwards: _Optional[int] = ..., tokens: _Optional[int] = ..., batches: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., batch_slots: _Optional[int] = ..., loads: _Optional[_Iterable[_Union[Count, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[Count, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[RecentError, _Mapping]]] = ...) -> None: ...
+
+class Count(_message.Message):
+    __slots__ = ("name", "count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    count: int
+    def __init__(self, name: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class RecentError(_message.Message):
+    __slots__ = ("time", "method", "reason", "message", "request_id", "client")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    time: _timestamp_pb2.Timestamp
+    method: str
+    reason: str
+    message: str
+    request_id: str
+    client: str
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., method: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ...) -> None: ...
 
 class OutputProfile(_message.Message):
     __slots__ = ("outputs", "size")
@@ -701,7 +787,7 @@ class OutputProfile(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[str]] = ..., size: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time", "memory", "profiles", "compiles_after_ready")
+    __slots__ = ("version", "platform", "devices", "mesh", "buckets", "limits", "sources", "outputs", "start_time", "memory", "profiles", "compiles_after_ready", "activity")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
@@ -714,6 +800,7 @@ class GetServerInfoResponse(_message.Message):
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     PROFILES_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_READY_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     devices: _containers.RepeatedCompositeFieldContainer[Device]
@@ -726,7 +813,8 @@ class GetServerInfoResponse(_message.Message):
     memory: Memory
     profiles: _containers.RepeatedCompositeFieldContainer[OutputProfile]
     compiles_after_ready: int
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., profiles: _Optional[_Iterable[_Union[OutputProfile, _Mapping]]] = ..., compiles_after_ready: _Optional[int] = ...) -> None: ...
+    activity: Activity
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., mesh: _Optional[_Iterable[_Union[MeshAxis, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[ModelSource, str]]] = ..., outputs: _Optional[_Iterable[str]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., profiles: _Optional[_Iterable[_Union[OutputProfile, _Mapping]]] = ..., compiles_after_ready: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("budget_bytes", "reserved_bytes", "live_bytes", "host_pool_bytes")

@@ -1,0 +1,106 @@
+"""An HTTP server in the event loop that runs already, with the certificates that gRPC has."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from contextlib import AbstractContextManager, nullcontext
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from moorage_server.tasks import start
+from moorage_server.tls import TlsFiles
+from moorage_server.watched_file import WatchedFile
+
+_CONNECTIONS = 256
+_CLOSE_SECONDS = 1
+_POLL_SECONDS = 0.01
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to whoever runs the event loop."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return nullcontext()
+
+
+class HttpServer:
+    """Serves an application on one port."""
+
+    def __init__(self, app: ASGIApp, where: str, files: TlsFiles | None = None) -> None:
+        """Opens the port, so that it is known to be free; nothing is answered yet.
+
+        Args:
+            app: The application.
+            where: `host:port`, `[::1]:port` or `unix:path`.
+            files: The certificates, read again when they change; None for plain text.
+
+        Raises:
+            RuntimeError: The port cannot be had.
+            ValueError: The certificates cannot be used.
+        """
+        context = _context(files) if files else None
+        self._socket = _bind(where)
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,  # the log is the server's
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+        config.load()
+        config.ssl = context
+        self.url = f"{'https' if files else 'http'}://{_shown(self._socket)}"
+        self._server = _Server(config)
+
+    async def start(self) -> None:
+        """Answers from now on."""
+        self._task = start(self._server.serve([self._socket]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def stop(self) -> None:
+        """Answers what it was asked, and closes."""
+        self._server.should_exit = True
+        await asyncio.wait([self._task])
+        self._socket.close()
+
+
+def _bind(where: str) -> socket.socket:
+    host, _, port = where.rpartition(":")
+    try:
+        if host == "unix":
+            return socket.create_server(port, family=socket.AF_UNIX)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host.strip("[]"), int(port)), family=family)
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(f"cannot listen on {where}: {error}") from error
+
+
+def _shown(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if listener.family is socket.AF_UNIX:
+        return str(name)
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    """A context whose handshakes take the certificates as they are by then."""
+    paths = (files.cert, files.key, *([files.client_ca] if files.client_ca else []))
+    watched = WatchedFile(lambda _: files.context(), *paths)
+
+    def latest(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        connection.context = watched.value
+
+    context = watched.value
+    context.sni_callback = latest
+    return context

@@ -1,0 +1,54 @@
+"""What the server logs, and how: as text, or as one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+
+from moorage_server.calls import CURRENT
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s"
+
+
+def begin(level: str, form: str) -> None:
+    """Sets up the log of the process, on stderr.
+
+    Args:
+        level: The least that is logged: "debug", "info", "warning" or "error".
+        form: "text" or "json".
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(_TEXT))
+    # packages that were imported before may have set it up already
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class TextFormatter(logging.Formatter):
+    """Lines for people, with the id of the request that they belong to."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, or more than one line if it has a traceback."""
+        call = CURRENT.get(None)
+        record.request = f" (request {call.request_id})" if call else ""
+        return super().format(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line, with the id of the request that it belongs to."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record."""
+        call = CURRENT.get(None)
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if call:
+            entry |= {"request_id": call.request_id, "method": call.method}
+            entry |= {"client": call.caller.name}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)

@@ -1,0 +1,50 @@
+"""The log: text for people and JSON for machines, with the request that a line belongs to."""
+
+import json
+import logging
+import sys
+from contextvars import copy_context
+
+from moorage_server.access import Caller, Role
+from moorage_server.calls import CURRENT, Call
+from moorage_server.logs import JsonFormatter, TextFormatter
+
+
+def record(message: str, *arguments: object, error: bool = False) -> logging.LogRecord:
+    info = None
+    if error:
+        try:
+            raise KeyError("boom")
+        except KeyError:
+            info = sys.exc_info()
+    return logging.LogRecord("moorage", logging.WARNING, "x.py", 1, message, arguments, info)
+
+
+def within_a_call(formatter: logging.Formatter, entry: logging.LogRecord) -> str:
+    context = copy_context()
+    context.run(CURRENT.set, Call("LoadModel", "abc-1", Caller("grpo-7", Role.LOAD)))
+    return context.run(formatter.format, entry)
+
+
+def test_text_has_the_request():
+    formatter = TextFormatter("%(levelname)s %(name)s: %(message)s%(request)s")
+    assert formatter.format(record("%d loads", 3)) == "WARNING moorage: 3 loads"
+    found = within_a_call(formatter, record("%d loads", 3))
+    assert found == "WARNING moorage: 3 loads (request abc-1)"
+
+
+def test_json_is_one_object_a_line():
+    text = within_a_call(JsonFormatter(), record("two\nlines of %s", "text", error=True))
+    assert "\n" not in text
+    found = json.loads(text)
+    assert found.pop("time").endswith("+00:00")
+    assert "KeyError: 'boom'" in found.pop("traceback")
+    assert found == {
+        "level": "warning",
+        "logger": "moorage",
+        "message": "two\nlines of text",
+        "request_id": "abc-1",
+        "method": "LoadModel",
+        "client": "grpo-7",
+    }
+    assert "request_id" not in json.loads(JsonFormatter().format(record("x")))
