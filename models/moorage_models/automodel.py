@@ -159,7 +159,7 @@ def _fetch_and_place(
     repository, plan, arrivals = checkpoint.repository, checkpoint.plan, Arrivals()
     with (
         ThreadPoolExecutor(1, "load") as pool,
-        LocalFiles(repository.destination, arrivals) as files,
+        LocalFiles(repository.destination, arrivals, repository.roots) as files,
     ):
         fetching = pool.submit(repository.fetch, plan.files, monitor, arrivals.add)
         fetching.add_done_callback(lambda _: arrivals.close())

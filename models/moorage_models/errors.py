@@ -35,6 +35,8 @@ class ModelError(Exception):
     """
 
     def __init__(self, reason: Reason, message: str, **details: str) -> None:
+        # A name in a file may hold half a character, which no wire takes.
+        message = message.encode(errors="backslashreplace").decode()
         super().__init__(f"{reason}: {message}")
         self.reason = reason
         self.message = message

@@ -81,6 +81,9 @@ _CONFLICTS: Mapping[str, Callable[[ModelConfig], bool]] = {
         lambda c: 0 < c.num_experts < c.experts_per_token
     ),
     "sliding_window is missing": lambda c: LOCAL in c.layer_kinds and c.window is None,
+    "num_hidden_layers times num_experts is above 131072": (
+        lambda c: c.num_layers * c.num_experts > 1 << 17  # each is looked for by name
+    ),
 }
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -22,13 +22,10 @@ from moorage_models.layouts import (
     stored_sizes,
 )
 from moorage_models.naming import ModelNaming
-from moorage_models.orbax import read_tree
+from moorage_models.orbax import MARK, read_tree
 from moorage_models.parameters import LAYERS, parameter_shapes
 from moorage_models.plan import Plan, PlannedParameter
 from moorage_models.sources import ModelRequest, Repository
-
-#: The file by which Orbax marks a checkpoint.
-MARK = "_METADATA"
 
 
 def find_orbax(repository: Repository) -> str | None:
@@ -72,8 +69,7 @@ def open_tree(
         ModelError: CHECKPOINT_UNSUPPORTED if the family has no such layout; INVALID_REQUEST if the
             checkpoint does not tell enough; CHECKPOINT_CORRUPT; CHECKPOINT_MISMATCH.
     """
-    assert repository.local is not None
-    tree = read_tree(repository.local / folder, repository.label)
+    tree = read_tree(repository, folder)
     options = dict(request.options)
     if unknown := sorted(set(options) - set(maxtext.OPTIONS)):
         raise ModelError(
@@ -169,6 +165,8 @@ def _pieces(
     for key, layers in held.items():
         tensor, row, place = of_key[key]
         scanned = place.index is not None
+        if scanned and tensor.shape[1] != len(layers):
+            misfits.append(_misfit(name, [key], tree))
         yield ArrayPiece(tensor, row, tuple(layer for _, layer in sorted(layers)), scanned)
 
 
@@ -187,8 +185,9 @@ def _match(
 def _fits(shape: tuple[int, ...], row: Row, config: ModelConfig, place: Place | None) -> bool:
     letters = stored_letters(row, scanned=place is not None and place.index is not None)
     sizes = stored_sizes(config)
+    longer = {"V": sizes["V"], "S": (row.select or 0) + 1}  # axes that may be so long or longer
     return len(shape) == len(letters) and all(
-        size >= sizes["V"] if letter == "V" else sizes.get(letter, size) == size
+        size >= longer[letter] if letter in longer else sizes.get(letter, size) == size
         for letter, size in zip(letters, shape, strict=True)
     )
 

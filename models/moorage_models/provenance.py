@@ -15,7 +15,7 @@ KINDS = ("content", "hub", "revision", "stat")
 
 _CONFIG = "config.json"
 _METADATA = "_METADATA"  # an Orbax tree's shapes
-_MAX_HEAD_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_HEAD_BYTES = 32 << 20  # as of `headers`, which has refused what is longer
 
 
 def claims_of(repository: Repository, names: Iterable[str]) -> dict[str, str]:
@@ -74,7 +74,8 @@ def combine(sizes: Mapping[str, int], claims: Mapping[str, str]) -> str:
     kind = max(map(_kind, claims.values()), key=KINDS.index)
     known = {name: claim.partition(":")[2] for name, claim in sorted(claims.items())}
     lines = [f"{name}\0{sizes[name]}\0{value}\n" for name, value in known.items()]
-    return f"{kind}:{_sha256(''.join(lines).encode())}"
+    content = "".join(lines).encode(errors="surrogateescape")  # a name need not be text
+    return f"{kind}:{_sha256(content)}"
 
 
 def _kind(claim: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from moorage_models.arena import Arena
 from moorage_models.errors import ModelError, Reason
+from moorage_models.regular_files import open_regular, opened_path
 
 #: Bytes of one read; a multiple of the alignment.
 READ_BYTES = 8 << 20
@@ -124,9 +125,22 @@ class LocalFiles:
 
     threads = 4
 
-    def __init__(self, folder: Path, arrivals: Arrivals | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arrivals: Arrivals | None = None,
+        roots: Sequence[Path] | None = None,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            folder: The folder.
+            arrivals: Which of the files are there; None if all are.
+            roots: Directories under which they must really lie; None allows any.
+        """
         self._folder = folder
         self._arrivals = arrivals
+        self._roots = roots
         self._open: dict[str, _File] = {}
         self._lock = threading.Lock()
         self._thread = threading.local()
@@ -186,7 +200,7 @@ class LocalFiles:
         try:
             with self._lock:
                 if name not in self._open:
-                    self._open[name] = _File(self._folder / name, name)
+                    self._open[name] = _File(self._folder / name, name, self._roots)
             yield self._open[name]
         except OSError as error:
             raise _corrupt(f"{name} cannot be read: {error.strerror}") from error
@@ -215,12 +229,12 @@ def spread(run: np.ndarray, groups: Sequence[Sequence[np.ndarray]]) -> None:
 class _File:
     """One open file: through the page cache, and past it where the file system can."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, roots: Sequence[Path] | None) -> None:
         self._path, self._name = path, name
-        self._cached = os.open(path, os.O_RDONLY)
+        self._cached = open_regular(path, name, roots)
         self._direct: int | None = None
         with suppress(OSError):
-            self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            self._direct = os.open(opened_path(self._cached), os.O_RDONLY | os.O_DIRECT)
         # Else a look at one page would read what follows it.
         os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
         self._identity = _identity(os.fstat(self._cached))

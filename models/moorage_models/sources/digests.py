@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import google_crc32c
 
 from moorage_models.errors import ModelError, Reason
+from moorage_models.regular_files import open_regular, unreadable
 from moorage_models.sources.record import RemoteFile
 
 _PIECE_BYTES = 8 << 20
@@ -64,16 +65,14 @@ def digest_of(path: Path, name: str, algorithm: str, progress: Callable[[int], N
     """
     digest = ALGORITHMS[algorithm]()
     try:
-        with open(path, "rb") as content:
+        with os.fdopen(open_regular(path, name), "rb") as content:
             if algorithm == _GIT:
                 digest.update(b"blob %d\0" % os.fstat(content.fileno()).st_size)
             while piece := content.read(_PIECE_BYTES):
                 digest.update(piece)
                 progress(len(piece))
     except OSError as error:
-        raise ModelError(
-            Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}"
-        ) from error
+        raise unreadable(name, error) from error
     return digest.hexdigest()
 
 

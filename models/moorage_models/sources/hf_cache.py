@@ -11,7 +11,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
 
+from moorage_models.errors import ModelError
+from moorage_models.regular_files import read_range
 from moorage_models.sources.record import Held, Records, RemoteFile
+
+_MAX_INDEX_BYTES = 32 << 20
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -69,8 +73,9 @@ class HubCache:
         needed = {"config.json", "model.safetensors"}
         try:
             if index := paths.get("model.safetensors.index.json"):
-                needed = {"config.json", *json.loads(index.read_bytes())["weight_map"].values()}
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+                content = read_range(index, index.name, 0, _MAX_INDEX_BYTES)
+                needed = {"config.json", *json.loads(content)["weight_map"].values()}
+        except (ModelError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return None
         if not needed <= paths.keys():
             return None

@@ -14,9 +14,9 @@ from huggingface_hub.utils import _xet, build_hf_headers  # type: ignore[attr-de
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.sources.failures import Failures
-from moorage_models.sources.hf_cache import HubCache
+from moorage_models.sources.hf_cache import COMMIT, HubCache
 from moorage_models.sources.hf_errors import FAILURES
-from moorage_models.sources.internal import within_roots
+from moorage_models.sources.internal import download_folder
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, RemoteFile
 from moorage_models.sources.remote import RemoteRepository, ask
@@ -120,19 +120,22 @@ def open_hub(request: ModelRequest, policy: Policy) -> RemoteRepository:
     policy.require(ModelSource.HUGGINGFACE, repo_id)
     if not _REVISION.fullmatch(asked):
         raise ModelError(Reason.CHECKPOINT_NOT_FOUND, f"{asked!r} cannot be a revision")
-    local_dir = within_roots(request.download_path, policy) if request.download_path else None
+    local_dir = download_folder(request.download_path, policy)
+    roots = policy.real_roots if local_dir else None
     cache = HubCache.of(repo_id, local_dir)
 
     def at(commit: str, held: Held) -> RemoteRepository:
         hub = HuggingFace(repo_id, commit, cache)
         folder = cache.folder(commit)
         return RemoteRepository(
-            hub, repo_id, asked, commit, folder, cache.records, held, policy.verify
+            hub, repo_id, asked, commit, folder, cache.records, held, policy.verify, roots
         )
 
     def current() -> RemoteRepository:
         info = _info(repo_id, asked)
         commit = str(info.sha)
+        if not COMMIT.fullmatch(commit):  # it becomes the name of a folder
+            raise OSError("the hub names no commit")
         return at(commit, cache.held(commit) or Held(_listing(info), {}))
 
     commit = cache.commit(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,12 +12,21 @@ from pathlib import Path
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.regular_files import (
+    below,
+    lies_under,
+    not_regular,
+    open_regular,
+    outside,
+    read_range,
+    unreadable,
+)
 from moorage_models.sources.digests import digest_of
 from moorage_models.sources.failures import FULL
 from moorage_models.sources.source import ModelRequest, Policy, companions, ignore
 
 _COPY_BYTES = 16 << 20
-_MAX_FILES = 20_000
+_MAX_ENTRIES = 40_000  # files and folders
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Directory:
         files: Sizes of the files in it and below it.
         revision: Digest of the files' names, sizes and times of change.
         copy_to: Where files are copied before they are read; None reads them in place.
+        roots: Directories under which the files must really lie; None allows any.
         verify: Whether a fetch reads every byte.
         contents: SHA-256 of the files that were read so.
     """
@@ -38,6 +49,7 @@ class Directory:
     files: Mapping[str, int]
     revision: str
     copy_to: Path | None = None
+    roots: tuple[Path, ...] | None = None
     verify: bool = False
     contents: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -56,17 +68,12 @@ class Directory:
         try:
             stat = os.stat(self.folder / name)
         except OSError as error:
-            raise _unreadable(name, error) from error
+            raise unreadable(name, error) from error
         return f"stat:{stat.st_size}:{stat.st_mtime_ns}"
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file."""
-        try:
-            with open(self.folder / name, "rb") as file:
-                file.seek(start)
-                return file.read(stop - start)
-        except OSError as error:
-            raise _unreadable(name, error) from error
+        return read_range(self.folder / name, name, start, stop, self.roots)
 
     def request(self, name: str, start: int, stop: int) -> bytes:
         """As `read`."""
@@ -98,7 +105,8 @@ class Directory:
     def _copy(self, name: str, target: Path, monitor: LoadMonitor) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            for size in _copy(self.folder / name, target):
+            source = open_regular(self.folder / name, name, self.roots)
+            for size in _copy(source, target):
                 monitor.advance("fetch", size)
         except OSError as error:
             full = error.errno in FULL
@@ -125,32 +133,65 @@ def open_directory(request: ModelRequest, policy: Policy) -> Directory:
         raise ModelError(
             Reason.CHECKPOINT_NOT_FOUND, f"there is no directory {request.model_path!r}"
         )
-    copy_to = within_roots(request.download_path, policy) if request.download_path else None
-    stats = dict(_walk(folder, request.model_path))
-    for name in stats:
-        if not _is_allowed((folder / name).resolve(), policy):
-            raise _outside(f"{request.model_path}/{name}")
+    copy_to = download_folder(request.download_path, policy)
+    stats = dict(_walk(folder, request.model_path, policy.real_roots))
     digest = hashlib.sha256()
-    for name, stat in sorted(stats.items()):
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    sizes = {name: stat.st_size for name, stat in stats.items()}
-    revision = digest.hexdigest()[:16]
-    return Directory(folder, request.model_path, sizes, revision, copy_to, policy.verify)
+    for name, found in sorted(stats.items()):
+        line = f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))  # a name need not be text
+    sizes = {name: found.st_size for name, found in stats.items()}
+    return Directory(
+        folder,
+        request.model_path,
+        sizes,
+        digest.hexdigest()[:16],
+        copy_to,
+        policy.real_roots,
+        policy.verify,
+    )
 
 
-def _walk(folder: Path, label: str) -> Iterator[tuple[str, os.stat_result]]:
-    """The files in a folder and below it; linked folders are not entered."""
-    count = 0
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            count += 1
-            if count > _MAX_FILES:
-                raise ModelError(
-                    Reason.INVALID_REQUEST,
-                    f"{label!r} holds more than {_MAX_FILES} files: name the checkpoint itself",
-                )
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path.stat()
+def download_folder(path: str, policy: Policy) -> Path | None:
+    """The folder that a request wants files put into, or none.
+
+    Raises:
+        ModelError: SOURCE_NOT_ALLOWED if it lies outside the roots, or something in it is a link
+            out of them, through which files there could be written or removed.
+    """
+    if not path:
+        return None
+    folder = within_roots(path, policy)
+    if policy.roots is not None:
+        for _ in _walk(folder, path, policy.real_roots):
+            pass
+    return folder
+
+
+def _walk(
+    folder: Path, label: str, roots: Sequence[Path] | None
+) -> Iterator[tuple[str, os.stat_result]]:
+    """The files in a folder and below it, all of which lie under a root.
+
+    Linked folders are not entered, and links that lead nowhere are left out.
+    """
+    for count, path in enumerate(below(folder)):
+        if count == _MAX_ENTRIES:
+            raise ModelError(
+                Reason.INVALID_REQUEST,
+                f"{label!r} holds more than {_MAX_ENTRIES} files: name the checkpoint itself",
+            )
+        name = path.relative_to(folder).as_posix()
+        is_link = os.path.islink(path)
+        if is_link and roots is not None and not lies_under(os.path.realpath(path), roots):
+            raise outside(f"{label}/{name}")
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        if stat.S_ISREG(found.st_mode):
+            yield name, found
+        elif not stat.S_ISDIR(found.st_mode):
+            raise not_regular(f"{label}/{name}")
 
 
 def within_roots(path: str, policy: Policy) -> Path:
@@ -162,33 +203,24 @@ def within_roots(path: str, policy: Policy) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links
         raise ModelError(Reason.INVALID_REQUEST, f"{path!r} cannot be looked up") from error
     if not allowed:
-        raise _outside(path)
+        raise outside(path)
     return found or allowed[0]
 
 
 def _is_allowed(real: Path, policy: Policy) -> bool:
-    return policy.roots is None or any(real.is_relative_to(r.resolve()) for r in policy.roots)
+    return policy.real_roots is None or lies_under(real, policy.real_roots)
 
 
-def _unreadable(name: str, error: OSError) -> ModelError:
-    return ModelError(Reason.CHECKPOINT_CORRUPT, f"{name} cannot be read: {error.strerror}")
-
-
-def _outside(what: str) -> ModelError:
-    return ModelError(
-        Reason.SOURCE_NOT_ALLOWED,
-        f"{what!r} is not under a directory that this server may read (moorage serve --root)",
-    )
-
-
-def _copy(source: Path, target: Path) -> Iterator[int]:
-    """Copies a file beside its final name, then renames it; yields the sizes of the pieces."""
+def _copy(source: int, target: Path) -> Iterator[int]:
+    """Copies an open file beside a final name, then renames it; yields the sizes of the pieces."""
     partial = target.with_name(target.name + ".partial")
-    try:
-        with open(source, "rb") as reader, open(partial, "wb") as writer:
-            while piece := reader.read(_COPY_BYTES):
-                writer.write(piece)
-                yield len(piece)
-        os.replace(partial, target)
-    finally:
+    with os.fdopen(source, "rb") as reader:
         partial.unlink(missing_ok=True)
+        try:
+            with open(partial, "xb") as writer:  # "x" makes a file, and never follows a link
+                while piece := reader.read(_COPY_BYTES):
+                    writer.write(piece)
+                    yield len(piece)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)

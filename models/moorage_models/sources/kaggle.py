@@ -19,7 +19,7 @@ from kagglehub.handle import ModelHandle
 from moorage_models.errors import ModelError, Reason
 from moorage_models.sources import kaggle_api
 from moorage_models.sources.failures import Failures
-from moorage_models.sources.internal import within_roots
+from moorage_models.sources.internal import download_folder
 from moorage_models.sources.kaggle_api import FAILURES
 from moorage_models.sources.progress import FileProgress
 from moorage_models.sources.record import Held, Records, RemoteFile
@@ -101,7 +101,7 @@ class Kaggle:
                 file.seek(start)
                 progress.advance(start)
                 pieces = response.iter_content(_PIECE_BYTES)
-                while piece := apart(next, pieces, b""):
+                while file.tell() <= progress.size and (piece := apart(next, pieces, b"")):
                     progress.advance(len(piece))
                     file.write(piece)
                 if file.tell() != progress.size:
@@ -173,8 +173,9 @@ def open_kaggle(request: ModelRequest, policy: Policy) -> RemoteRepository:
     handle = _handle(request)
     key = str(handle.with_version(0))
     policy.require(ModelSource.KAGGLE, key)
-    local = within_roots(request.download_path, policy) if request.download_path else None
-    home = (local or Path(get_cache_folder())) / "models" / key
+    below = f"models/{key}"
+    local = download_folder(request.download_path and f"{request.download_path}/{below}", policy)
+    home = local or Path(get_cache_folder()) / below
     asked = str(handle.version or _LATEST)
     label = f"{key}@{asked}"
 
@@ -190,7 +191,15 @@ def open_kaggle(request: ModelRequest, policy: Policy) -> RemoteRepository:
     if held is None:
         held = Held(ask(FAILURES, lambda: kaggle_api.listing(hub.handle), label, None), {})
     return RemoteRepository(
-        hub, key, asked, hub.version, hub.folder, Records(home), held, policy.verify
+        hub,
+        key,
+        asked,
+        hub.version,
+        hub.folder,
+        Records(home),
+        held,
+        policy.verify,
+        policy.real_roots if local else None,
     )
 
 

@@ -10,6 +10,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moorage_models.errors import ModelError
+from moorage_models.regular_files import read_range
+from moorage_models.sources.source import within
+
+_MAX_NAME_BYTES = 1 << 10  # of a revision
+_MAX_BYTES = 32 << 20  # of the list of its files
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -56,22 +63,27 @@ class Records:
 
     def revision(self, name: str) -> str:
         """The revision that a name stood for when it was last used; empty if it never was."""
-        with suppress(OSError, ValueError):
-            return (self.home / "refs" / name).read_text().strip()
+        with suppress(ModelError, ValueError):
+            return read_range(self.home / "refs" / name, name, 0, _MAX_NAME_BYTES).decode().strip()
         return ""
 
     def recorded(self, revision: str, folder: Path) -> Held | None:
         """What was fetched of a revision into a folder, if what was verified is as it was then."""
         try:
-            record = json.loads((self._record(revision) / "files.json").read_text())
+            path = self._record(revision) / "files.json"
+            record = json.loads(read_range(path, path.name, 0, _MAX_BYTES))
             files = {name: RemoteFile(**fields) for name, fields in record.items()}
             paths = {n: folder / n for n, file in files.items() if file.verified_ns}
             stats = {name: os.stat(path) for name, path in paths.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (ModelError, OSError, ValueError, TypeError, AttributeError):
             return None
-        if not paths or any(
-            (stat.st_size, stat.st_mtime_ns) != (files[name].size, files[name].verified_ns)
-            for name, stat in stats.items()
+        if (
+            not paths
+            or not all(map(within, files))
+            or any(
+                (stat.st_size, stat.st_mtime_ns) != (files[name].size, files[name].verified_ns)
+                for name, stat in stats.items()
+            )
         ):
             return None
         heads = {name: self._head(revision, name) for name in files.keys() - paths.keys()}

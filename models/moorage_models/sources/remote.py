@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_models.regular_files import read_range
 from moorage_models.sources.digests import digest_of, verify
 from moorage_models.sources.failures import Failures, persist
 from moorage_models.sources.progress import FileProgress
@@ -88,6 +89,8 @@ class RemoteRepository:
         records: What was fetched and verified.
         held: The files of the revision, and what of them this machine holds.
         verify: Whether a fetch verifies again what was verified before.
+        roots: Directories under which the files must really lie: those of a download path. None
+            for the hub's own cache, whose files may be links to elsewhere.
         heads: The beginnings of files that were read from the hub.
         contents: SHA-256 of files that were read to verify them, but have no digest of the hub's.
     """
@@ -100,6 +103,7 @@ class RemoteRepository:
     records: Records
     held: Held
     verify: bool = False
+    roots: tuple[Path, ...] | None = None
     heads: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     contents: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -126,9 +130,7 @@ class RemoteRepository:
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes `start .. stop` of a file: from this machine, or by a ranged request."""
         if name in self.held.paths:
-            with open(self.held.paths[name], "rb") as file:
-                file.seek(start)
-                return file.read(stop - start)
+            return read_range(self.held.paths[name], name, start, stop, self.roots)
         head = self.heads.get(name, b"")
         if stop <= len(head):
             return head[start:stop]

@@ -80,6 +80,11 @@ class Policy:
     places: tuple[str, ...] | None = None
     verify: bool = False
 
+    @property
+    def real_roots(self) -> tuple[Path, ...] | None:
+        """The roots, without symbolic links."""
+        return None if self.roots is None else tuple(root.resolve() for root in self.roots)
+
     def require(self, source: ModelSource, place: str) -> None:
         """Refuses a place on a hub that is not on the list.
 
@@ -133,6 +138,11 @@ class Repository(Protocol):
         ...
 
     @property
+    def roots(self) -> Sequence[Path] | None:
+        """Directories under which the files must really lie; None allows any."""
+        ...
+
+    @property
     def contents(self) -> Mapping[str, str]:
         """SHA-256 of the files that `fetch` has read as a whole for want of a hub's digest."""
         ...
@@ -176,8 +186,8 @@ class Repository(Protocol):
 
 
 def within(name: str) -> bool:
-    """Whether a name is that of a file in a folder or below it."""
-    return not {"", ".", ".."} & set(name.split("/"))
+    """Whether a name is that of a file in a folder or below it, and can be shown."""
+    return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
 
 
 def cache_folder() -> Path:
