@@ -22,7 +22,7 @@ for folder in ("examples", "tests"):
 import moorage
 import real_models
 from moorage import LoadProgress
-from moorage_server.main import DEFAULT_BUCKETS
+from moorage_server.settings import SETTINGS
 from server_process import server_process
 
 TARGET = "<= 0.20"
@@ -52,7 +52,11 @@ def compile_seconds(model: Path, scratch: Path) -> float:
 
     with (
         server_process(
-            model.parent, scratch, mesh="fsdp=1,tp=1", buckets=DEFAULT_BUCKETS, outputs=""
+            model.parent,
+            scratch,
+            mesh="fsdp=1,tp=1",
+            buckets=str(SETTINGS["buckets"].default),
+            outputs="",
         ) as server,
         moorage.connect(server.address) as client,
     ):

@@ -65,6 +65,7 @@ def server_process(
     mesh: str = "fsdp=2,tp=2",
     buckets: str = "1x128",
     outputs: str = "logprobs,logits",
+    token: str = "",
 ) -> Iterator[ServerProcess]:
     """Starts a server and waits until its health is SERVING; kills it in the end if it still runs.
 
@@ -76,6 +77,7 @@ def server_process(
         mesh: Its --mesh.
         buckets: Its --buckets.
         outputs: Its --outputs; fewer are compiled sooner.
+        token: What it wants to see before it tells of its health.
     """
     address = address or f"127.0.0.1:{free_port()}"
     log = folder / "server.log"
@@ -84,7 +86,7 @@ def server_process(
         address, *where, "--mesh", mesh, "--buckets", buckets, "--outputs", outputs, *flags, log=log
     )
     try:
-        _wait_until_serving(process, address, log)
+        _wait_until_serving(process, address, log, token)
         yield ServerProcess(process, address, log)
     finally:
         process.kill()
@@ -101,10 +103,16 @@ def running_server(root: Path, *, mesh: str) -> Iterator[str]:
         yield server.address
 
 
-def _wait_until_serving(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _wait_until_serving(
+    process: subprocess.Popen[bytes], address: str, log: Path, token: str
+) -> None:
+    carried = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check.future(
-            health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=START_SECONDS
+            health_pb2.HealthCheckRequest(),
+            wait_for_ready=True,
+            timeout=START_SECONDS,
+            metadata=carried,
         )
         while not answer.done():
             assert process.poll() is None, log.read_text()
