@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from checkpoints import mesh_of
 from downloads import fetch
+from engine_double import EngineDouble
 from hubs import FILES, HUBS, SHARD, Service, serving
 from loopback import Fault
 from moorage_models import automodel
@@ -353,15 +354,18 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Policy]:
     """The policies of servers that are started, but for all else."""
     policies: list[Policy] = []
 
-    async def serve(listen: str, engine: object, policy: Policy, *_: object) -> int:
-        policies.append(policy)
+    def policy(**fields: Any) -> Policy:
+        policies.append(Policy(**fields))
+        return policies[-1]
+
+    async def serve(*_: object) -> int:
         return 0
 
     monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, which the server would remove
     monkeypatch.setattr(logging.root, "level", logging.root.level)
-    monkeypatch.setattr(main, "LocalEngine", lambda *_, **__: None)
-    monkeypatch.setattr(main, "keep_compiled", lambda _: None)
-    monkeypatch.setattr(main, "_serve", serve)
+    monkeypatch.setattr(main, "_engine", lambda _: EngineDouble())
+    monkeypatch.setattr(main, "Policy", policy)
+    monkeypatch.setattr(main, "serve", serve)
     return policies
 
 
