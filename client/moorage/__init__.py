@@ -33,7 +33,15 @@ from moorage.errors import (
 from moorage.naming import BudgetEstimate, Config, Resolution, SupportedModel
 from moorage.options import ForwardOptions
 from moorage.scores import Scores, Semantics, Times
-from moorage.server_info import Activity, Device, Limits, Memory, OutputProfile, ServerInfo
+from moorage.server_info import (
+    Activity,
+    Device,
+    Limits,
+    Memory,
+    OutputProfile,
+    ParameterLayout,
+    ServerInfo,
+)
 
 __version__ = "0.1.0"
 
@@ -60,6 +68,7 @@ __all__ = [
     "Model",
     "NotFound",
     "OutputProfile",
+    "ParameterLayout",
     "PermissionDenied",
     "Resolution",
     "ResourceExhausted",

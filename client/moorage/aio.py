@@ -21,7 +21,7 @@ from moorage.progress import shown
 from moorage.renewal import TaskRenewal
 from moorage.rows import Rows
 from moorage.scores import Scores
-from moorage.server_info import ServerInfo
+from moorage.server_info import ParameterLayout, ServerInfo
 from moorage.transport import (
     LoadWatch,
     ModelWatch,
@@ -167,6 +167,11 @@ class Client:
         request = pb.GetModelRequest(handle=handle)
         response = await self._call(self._stubs.models.GetModel, request)
         return decode.model(response.model, self)
+
+    async def layout(self, model: answers.Model[Any] | str) -> tuple[ParameterLayout, ...]:
+        """Tells how a model lies on the mesh; see `moorage.Client.layout`."""
+        request = pb.GetModelRequest(handle=handle_of(model))
+        return decode.layout(await self._call(self._stubs.models.GetModel, request))
 
     async def watch(self) -> AsyncGenerator[Change, None]:
         """Tells what becomes of models, to be iterated; see `moorage.Client.watch`."""

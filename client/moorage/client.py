@@ -23,7 +23,7 @@ from moorage.progress import shown
 from moorage.renewal import ThreadRenewal
 from moorage.rows import Rows
 from moorage.scores import Scores
-from moorage.server_info import ServerInfo
+from moorage.server_info import ParameterLayout, ServerInfo
 from moorage.transport import (
     LoadWatch,
     ModelWatch,
@@ -221,6 +221,21 @@ class Client:
         """
         response = self._call(self._stubs.models.GetModel, pb.GetModelRequest(handle=handle))
         return decode.model(response.model, self)
+
+    def layout(self, model: Model[Any] | str) -> tuple[ParameterLayout, ...]:
+        """Tells how a model's parameters lie on the server's mesh.
+
+        Args:
+            model: The model, or its handle.
+
+        Returns:
+            Every parameter, the largest first.
+
+        Raises:
+            NotFound: No model with this handle is loaded.
+        """
+        request = pb.GetModelRequest(handle=handle_of(model))
+        return decode.layout(self._call(self._stubs.models.GetModel, request))
 
     def watch(self) -> Iterator[Change[Scores]]:
         """Tells what becomes of models, for as long as the caller listens.

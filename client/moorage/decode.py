@@ -20,6 +20,7 @@ from moorage.server_info import (
     Limits,
     Memory,
     OutputProfile,
+    ParameterLayout,
     RecentError,
     ServerInfo,
 )
@@ -114,6 +115,18 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
     )
 
 
+def layout(message: pb.GetModelResponse) -> tuple[ParameterLayout, ...]:
+    """Decodes how a model lies on the mesh, the largest parameters first."""
+    return tuple(
+        ParameterLayout(p.name, tuple(p.shape), p.dtype, tuple(map(_mesh_axes, p.axes)))
+        for p in message.layout
+    )
+
+
+def _mesh_axes(text: str) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
+
+
 def device_bytes(messages: Iterable[pb.DeviceBytes]) -> dict[int, int]:
     """Decodes amounts of memory: bytes by device id."""
     return {message.device_id: message.bytes for message in messages}
@@ -154,7 +167,7 @@ def _activity(message: pb.Activity) -> Activity:
             "loads": {count.name: count.count for count in message.loads},
             "refusals": {count.name: count.count for count in message.refusals},
             "errors": tuple(
-                RecentError(**_shared(RecentError, error) | {"time": _time(error, "time")})
+                RecentError(**{**_shared(RecentError, error), "time": _time(error, "time")})
                 for error in message.errors
             ),
         }

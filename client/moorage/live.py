@@ -20,7 +20,7 @@ _FEWEST = 4  # lines of the table of models, however low the terminal
 _ERRORS = 5  # that are shown
 _DEVICE_WIDTH = 28  # at the least
 _STAGE_COLUMNS = ("STAGE", "BAR", "DONE", "RATE", "LEFT")
-_SHADES = "█▒"
+_SHADES = ("█", "▒")
 _FREE = "░"
 _STYLES = {
     "queued": "yellow",
@@ -133,7 +133,9 @@ def _stages(model: Model[Scores], width: int) -> list[Text]:
         return []
     bar_width = min(max(width - 52, 8), 40)
     described = [_stage(name, stage, bar_width) for name, stage in stages.items()]
-    columns = dict(zip(_STAGE_COLUMNS, zip(*described, strict=True), strict=True))
+    columns: dict[str, Sequence[object]] = dict(
+        zip(_STAGE_COLUMNS, zip(*described, strict=True), strict=True)
+    )
     return [_line("  " + "  ".join(row), "yellow") for row in cells(columns)[1:]]
 
 

@@ -17,6 +17,24 @@ class Device:
 
 
 @dataclass(frozen=True)
+class ParameterLayout:
+    """How one parameter of a model lies on the server's mesh.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape, the layers first where it has one for each.
+        dtype: Its dtype.
+        axes: For each axis of the shape the mesh axes that split it, the outer one first; none for
+            one that each device holds whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Memory:
     """What is promised to models, and what is held.
 

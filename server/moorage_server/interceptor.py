@@ -49,7 +49,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method: str = handler_call_details.method  # type: ignore[attr-defined]
+        method: str = handler_call_details.method
         parse, codec = handler.request_deserializer, (None, handler.response_serializer)
         if handler.request_streaming:  # reflection, whose requests gRPC parses
             stream = self._stream(method, handler.stream_stream, lambda requests: requests)

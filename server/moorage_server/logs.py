@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from moorage_server.calls import CURRENT
 
+_OWN = ("moorage", "moorage_server", "moorage_models")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s"
 
 
@@ -21,7 +22,9 @@ def begin(level: str, form: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(_TEXT))
     # packages that were imported before may have set it up already
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in _OWN:  # hubs' clients log signed addresses
+        logging.getLogger(name).setLevel(level.upper())
 
 
 class TextFormatter(logging.Formatter):

@@ -192,4 +192,7 @@ def _pairs(given: str) -> dict[str, Any]:
     first, *rest = given.split(",")
     named = rest if "=" not in first else [first, *rest]
     pairs: dict[str, Any] = {"model_id": first} if "=" not in first else {}
-    return pairs | dict(part.partition("=")[::2] for part in named)
+    for part in named:
+        name, _, value = part.partition("=")
+        pairs[name] = value
+    return pairs

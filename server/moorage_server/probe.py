@@ -53,7 +53,7 @@ def probe(address: str, service: str = "") -> str:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
             return f"{error.code().name}, {error.details()}"
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 def _parser() -> argparse.ArgumentParser:

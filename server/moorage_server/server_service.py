@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import grpc.aio
 
@@ -37,7 +38,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
         self._started = time.time()
 
     async def GetServerInfo(  # noqa: N802
-        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetServerInfoResponse:
         """Version, devices, mesh, limits and activity."""
         return self.describe()

@@ -353,10 +353,8 @@ def read(arguments: argparse.Namespace) -> Settings:
                 values[name] = _value(SETTINGS[name], given)
             except ValueError as error:
                 problems.append(f"{where} {given!r}: {error}")
-    if not problems:
-        settings = Settings(**values)
-        problems = list(_contradictions(settings))
-    if problems:
+    settings = Settings(**values)
+    if problems := problems or list(_contradictions(settings)):
         raise ValueError("\n".join(problems))
     return settings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -34,7 +35,7 @@ class TlsFiles:
         files = (self.cert, self.key, *([self.client_ca] if self.client_ca else []))
         watched = WatchedFile(self._configuration, *files)
 
-        def latest() -> grpc.ServerCertificateConfiguration | None:
+        def latest() -> Any:  # None is "as before", which the stubs do not know
             return watched.value if watched.changed() else None
 
         return grpc.dynamic_ssl_server_credentials(

@@ -5,6 +5,7 @@ import { count, percent, secondsOf, several, short, span } from "./format.js";
 import { tag } from "./tags.js";
 
 const POINTS = 60; // of a curve, one a second
+const RECENT = 10; // of them, those that the number beside it is the mean of
 const SVG = "http://www.w3.org/2000/svg";
 
 /** What was seen of some numbers in the last minute. */
@@ -38,7 +39,7 @@ function tilesOf({ activity, limits, compiles_after_ready: compiles }) {
       more: `${several(activity.forwards_under_way, "forward pass", "forward passes")}` },
     { name: "Queued tokens", value: count(activity.queued_tokens),
       more: `of ${short(limits.max_queued_tokens)}`, curve: seen.queued },
-    { name: "Tokens a second", value: short(seen.tokens.at(-1) ?? 0),
+    { name: "Tokens a second", value: short(Math.round(mean(seen.tokens.slice(-RECENT)))),
       more: `${count(activity.tokens)} in ${several(activity.forwards, "forward pass", "forward passes")}`,
       curve: seen.tokens },
     { name: "Batch fill", value: percent(tokens, slots), part: slots ? tokens / slots : 0,
@@ -80,7 +81,7 @@ function updateTile(node, tile) {
   }
 }
 
-/** A curve of the last minute, which says no more than the number beside it. */
+/** A curve of the last minute, for the eye only. */
 function curve() {
   const drawing = document.createElementNS(SVG, "svg");
   drawing.setAttribute("viewBox", `0 0 ${POINTS - 1} 20`);
@@ -90,6 +91,10 @@ function curve() {
   line.dataset.part = "line";
   drawing.append(line);
   return drawing;
+}
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
 }
 
 function points(values) {
@@ -115,7 +120,8 @@ function makeLease({ model }) {
   return element("tr", {},
     element("td", { "data-label": "Client" }),
     element("td", { "data-label": "Model" },
-      element("span", {}, tag(model.handle), element("span", { "data-part": "name" }))),
+      element("span", { class: "named" }, tag(model.handle),
+        element("span", { "data-part": "name" }))),
     element("td", { "data-label": "Ends in" }),
     element("td", { "data-label": "Lasts" }));
 }

@@ -1,0 +1,248 @@
+"""The status page in a browser: live, in the numbers of the rpc, and legible on every screen.
+
+Pictures of it go to the folder that MOORAGE_SCREENSHOTS names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import moorage
+from checkpoints import GOLDEN, mesh_of, open_folder
+from engine_double import EngineDouble
+from moorage_models.checkpoint import Checkpoint
+from moorage_models.monitor import LoadMonitor
+from moorage_server.engine import Device, EngineInfo, Need
+from status_server import status_server
+
+playwright = pytest.importorskip("playwright.async_api", reason="needs pip install playwright")
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+EVIL = "<img src=x onerror=\"document.title='mine'\">"
+SCREENS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium"),
+]
+
+
+class Sized(EngineDouble):
+    """Holds as much of each model as its plan says, on a mesh of two times two."""
+
+    MESH = {"fsdp": 2, "tp": 2}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def info(self) -> EngineInfo:
+        devices = tuple(Device(number, "double") for number in range(4))
+        info = super().info()
+        return EngineInfo("cpu", devices, self.MESH, info.buckets, 1 << 20, info.profiles)
+
+    def need(self, plan: Any, compute_dtype: str) -> Need:
+        return Need(plan.device_bytes(self.MESH), 100 << 10)
+
+    def live_bytes(self) -> dict[int, int]:
+        return dict.fromkeys(range(4), sum(self.sizes[handle] for handle in self.loaded))
+
+    def load(self, handle: str, checkpoint: Checkpoint, monitor: LoadMonitor) -> dict[int, int]:
+        self.sizes[handle] = checkpoint.plan.device_bytes(self.MESH)
+        super().load(handle, checkpoint, monitor)
+        return dict.fromkeys(range(4), self.sizes[handle])
+
+
+@asynccontextmanager
+async def opened(url, width=1280, scheme="light", **options):
+    """The page in a browser of a width, and what went wrong in it."""
+    async with playwright.async_playwright() as play:
+        browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        viewport = {"width": width, "height": 900}
+        page = await browser.new_page(viewport=viewport, color_scheme=scheme, **options)
+        page.problems = []
+        page.on("console", lambda message: page.problems.append(message.text))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        await page.goto(url)
+        yield page
+        await browser.close()
+
+
+def text_of(page, selector):
+    return page.locator(selector).all_inner_texts()
+
+
+def tile(page, name):
+    return page.locator(f'.tile:has(dt:text-is("{name}")) [data-part=value]').inner_text()
+
+
+async def until(page, selector, text):
+    """Waits for an element that says something, without loading the page again."""
+    await page.locator(selector).filter(has_text=text).first.wait_for(timeout=10_000)
+
+
+def test_the_page_is_live_and_has_the_numbers_of_the_rpc():
+    async def run():
+        engine = Sized()
+        async with (
+            status_server(engine, GOLDEN) as server,
+            moorage.aio.connect(server.address) as client,
+            opened(server.page.url) as page,
+        ):
+            await until(page, "#live", "live")
+            await until(page, "#no-models", "No model is loaded.")
+            await page.evaluate("window.sameDocument = true")
+            one = await client.load("llama3", "internal", "llama3", lease=600, client_name="grpo-7")
+            engine.hold("place")
+            loading = asyncio.create_task(client.load(EVIL, "internal", "qwen3_moe"))
+            await until(page, ".state", "LOADING")
+            assert await text_of(page, ".stage-name") == ["fetch", "place"]
+            done = [text.partition(",")[0] for text in await text_of(page, ".stage-text")]
+            assert done == ["100 B of 100 B", "50 B of 100 B"]
+            with pytest.raises(moorage.NotFound):
+                await client.load(EVIL, "internal", "nowhere")
+            for _ in range(3):
+                await one.forward([[1, 2, 3], [4, 5]])
+            engine.release()
+            await loading
+            await until(page, '.state[data-state="ready"] >> nth=1', "READY")
+            await until(page, "#errors", "CHECKPOINT_NOT_FOUND")
+            await until(page, ".tile", "15 in 3 forward passes")
+            info, models = await client.info(), await client.models()
+            assert await tile(page, "Leases") == str(info.activity.leases) == "1"
+            assert await tile(page, "Batch fill") == "0.98 %"
+            assert await tile(page, "Loads") == "2"
+            assert await text_of(page, ".model h3") == [m.model_id for m in models]
+            assert models[1].model_id == EVIL
+            assert await page.title() == "moorage"
+            assert await page.locator("main img").count() == 0
+            used = models[0].device_bytes[0] + models[1].device_bytes[0] + (100 << 10)
+            assert info.memory.reserved_bytes == used
+            shown = f"{used / 1024:.0f} KiB of 1 MiB"
+            assert await text_of(page, ".device-sum") == [shown] * 4
+            errors = (await text_of(page, "#errors tbody tr"))[0]
+            assert info.activity.errors[-1].request_id in errors
+            assert (await text_of(page, "#leases tbody td"))[0] == "grpo-7"
+            assert await page.evaluate("window.sameDocument")
+            assert page.problems == []
+            assert {url.startswith(server.page.url) for url in page.asked} == {True}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3_moe"])
+def test_the_picture_shows_the_slices_that_jax_would_give_each_device(name):
+    mesh = mesh_of(2, 2)
+    expected = {}
+    for parameter in open_folder(GOLDEN / name).plan.parameters:
+        spec = PartitionSpec(*(axes or None for axes in parameter.spec(dict(mesh.shape))))
+        indices = NamedSharding(mesh, spec).devices_indices_map(parameter.shape)
+        holders: dict[str, list[int]] = {}
+        for device in mesh.devices.flat:
+            text = ", ".join(
+                ":" if part == slice(None) else f"{part.start}:{part.stop}"
+                for part in indices[device]
+            )
+            holders.setdefault(f"[{text}]", []).append(device.id)
+        expected[parameter.name] = {
+            f"device{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}: {text}"
+            for text, ids in holders.items()
+        }
+
+    async def run():
+        async with (
+            status_server(Sized(), GOLDEN) as server,
+            moorage.aio.connect(server.address) as client,
+            opened(server.page.url) as page,
+        ):
+            await client.load(name, "internal", name)
+            await page.locator("summary").click()
+            rows = page.locator(".parameter")
+            for i in range(await rows.count()):
+                parameter = await rows.nth(i).locator("code").inner_text()
+                cells = rows.nth(i).locator(".cell")
+                titles = {
+                    await cells.nth(j).get_attribute("title") for j in range(await cells.count())
+                }
+                assert titles == expected[parameter]
+            assert await rows.count() >= 7
+            await page.locator(".choice", has_text="3").click()
+            said = await rows.nth(0).locator("[data-part=holds]").inner_text()
+            assert said.partition(", ")[0].startswith("device 3: [")
+            return said
+
+    asyncio.run(run())
+    assert jax.device_count() == 8
+
+
+def test_a_browser_gives_its_token_as_a_password(tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("me score my-token-0123456789\n")
+
+    async def run(password):
+        async with (
+            status_server(Sized(), tokens=tokens) as server,
+            opened(
+                server.page.url, http_credentials={"username": "", "password": password}
+            ) as page,
+        ):
+            if password.startswith("my"):
+                await until(page, "#live", "live")
+            return await page.locator("body").inner_text()
+
+    assert "Device memory" in asyncio.run(run("my-token-0123456789"))
+    assert "does not know that token" in asyncio.run(run("guessed-0123456789"))
+
+
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_it_is_legible_on_every_screen(width, scheme, tmp_path):
+    folder = Path(os.environ.get("MOORAGE_SCREENSHOTS", tmp_path))
+
+    async def run():
+        engine = Sized()
+        async with (
+            status_server(engine, GOLDEN) as server,
+            moorage.aio.connect(server.address) as client,
+            opened(server.page.url, width, scheme) as page,
+        ):
+            for name in ("llama3", "gemma2"):
+                model = await client.load(name, "internal", name, lease=600, client_name="grpo-7")
+                await model.forward([[1, 2, 3]] * 5)
+            engine.hold("place")
+            loading = asyncio.create_task(
+                client.load("Qwen/Qwen3-MoE-tiny", "internal", "qwen3_moe")
+            )
+            with pytest.raises(moorage.Error):
+                await client.load("nobody/nothing", "internal", "nothing")
+            await until(page, ".state", "LOADING")
+            await until(page, "#errors", "CHECKPOINT_NOT_FOUND")
+            await asyncio.sleep(2)
+            await page.screenshot(path=folder / f"status-{width}-{scheme}.png", full_page=True)
+            await page.locator("summary").first.click()
+            await page.screenshot(path=folder / f"layout-{width}-{scheme}.png", full_page=True)
+            wide = await page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width
+            engine.release()
+            await loading
+
+    asyncio.run(run())
