@@ -5,6 +5,9 @@
 # make bench-load  loads against the limit of reading and other loaders; options in ARGS
 # make bench-beside  a forward pass while another model loads; options in ARGS
 # make presets  every preset at its real size, compiled from shapes alone
+# make docs   the documentation as a site, in build/site
+# make image  the container image, built and run; root on Debian, no engine and no registry
+# make deploy-lint  Dockerfile, Kubernetes manifests and the systemd unit
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 VENV ?= .venv
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
-.PHONY: demo test lint soak bench bench-load bench-beside presets stubs clean
+.PHONY: demo test lint soak bench bench-load bench-beside presets stubs docs image deploy-lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -48,11 +51,20 @@ bench-beside: $(VENV)/dev
 presets: $(VENV)/dev
 	$(BIN)/python benchmarks/presets.py
 
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+image: $(VENV)/demo
+	PYTHON=$(abspath $(BIN)/python) deploy/container/test.sh
+
+deploy-lint:
+	deploy/lint.sh
+
 stubs: $(VENV)/dev
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=client --pyi_out=client \
 	  --grpc_python_out=client proto/moorage/v1/moorage.proto
 
-$(VENV)/demo $(VENV)/dev: pyproject.toml
+$(VENV)/demo $(VENV)/dev $(VENV)/docs: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
 	@touch $@
