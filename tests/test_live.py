@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -399,29 +400,46 @@ def test_a_pipe_gets_plain_text_for_each_change(monkeypatch, capsys, forced):
 # The command.
 
 
-def ps_watch(address: str, *argv: str, **streams) -> subprocess.Popen:
+@contextmanager
+def ps_watch(address: str, *argv: str, stdout: int) -> Iterator[subprocess.Popen]:
+    """The command in a process of its own, which has ended afterwards."""
     command = [sys.executable, "-m", "moorage", "ps", "--watch", "--server", address, *argv]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "LINES": "24"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **streams)
+    with subprocess.Popen(
+        command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
-def test_json_of_a_server(tmp_path):
+def interrupted(child: subprocess.Popen) -> tuple[int, str]:
+    """The exit code and stderr of a command after Ctrl-C."""
+    child.send_signal(signal.SIGINT)
+    err = child.stderr.read()
+    return child.wait(30), err
+
+
+def test_json_of_a_server():
     """A load is told of as it goes, then Ctrl-C ends the command."""
     engine = EngineDouble()
     engine.hold("place")
-    with serving_engine(engine, GOLDEN) as server, moorage.connect(server.address) as client:
-        child = ps_watch(server.address, "--json", stdout=subprocess.PIPE)
+    with (
+        serving_engine(engine, GOLDEN) as server,
+        moorage.connect(server.address) as client,
+        ps_watch(server.address, "--json", stdout=subprocess.PIPE) as child,
+    ):
         assert json.loads(child.stdout.readline())["models"] == []
-        threading.Timer(1.5, engine.release, ["place"]).start()
-        client.load("x", "internal", "llama3")
+        release = threading.Timer(1.0, engine.release, ["place"])
+        release.start()
+        client.load("x", "internal", str(GOLDEN / "llama3"))
+        release.join()
         states, seen = [], {}
         while states[-1:] != ["ready"]:
             seen = json.loads(child.stdout.readline())
             states += [model["state"] for model in seen["models"]]
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=30)
-    assert (child.returncode, err) == (130, "moorage: interrupted\n")
-    assert states[0] in ("queued", "loading")
+        assert interrupted(child) == (130, "moorage: interrupted\n")
     assert "loading" in states
     assert seen["info"]["memory"]["live_bytes"] == {"0": 600, "1": 400}
     assert seen["info"]["activity"]["loads"] == {"READY": 1}
@@ -450,20 +468,21 @@ def test_a_terminal_is_drawn_on_and_left_as_it_was():
         "GetServerInfo": lambda *_: pb.GetServerInfoResponse(version="0.1.0", platform="cpu"),
         "ListModels": lambda *_: pb.ListModelsResponse(),
     }
-    with serving(**answers) as fake, terminal() as (ours, theirs):
-        child = ps_watch(fake.address, stdout=theirs)
+    with (
+        serving(**answers) as fake,
+        terminal() as (ours, theirs),
+        ps_watch(fake.address, stdout=theirs) as child,
+    ):
         seen = read_until(ours, "forward passes")
-        port = int(fake.address.rpartition(":")[2])
         fake.server.stop(0).wait()
         read_until(ours, "waiting for the server")
+        port = int(fake.address.rpartition(":")[2])
         with serving(port, **answers | {"GetServerInfo": restarted}):
             read_until(ours, "v0.2.0")
-            child.send_signal(signal.SIGINT)
-            _, err = child.communicate(timeout=30)
+            assert interrupted(child) == (130, "moorage: interrupted\n")
             left = read_until(ours, "\x1b[?1049l")
     assert seen.startswith("\x1b[?1049h")
     assert f"{fake.address}  v0.1.0  cpu" in seen
-    assert (child.returncode, err) == (130, "moorage: interrupted\n")
     assert "\x1b[?25h" in left
 
 
