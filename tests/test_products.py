@@ -21,7 +21,7 @@ from moorage_models.parameters import parameter_shapes
 from moorage_server.engine.head import CHUNK, head
 from moorage_server.engine.outputs import Profile, served
 
-LENGTH = 1024  # unlike every size of the golden checkpoints
+LENGTH = 1280  # five blocks: no group of heads has five, whose rows would look like a square
 FAMILIES = [
     "gemma1_mqa",
     "gemma2",

@@ -67,36 +67,36 @@ def attention(
     """
     config = linear.config
     batch, length, heads, head_dim = q.shape
-    k, v = (repeat_heads(x, linear) for x in (k, v))
+    # Heads before tokens: else the CPU's compiler transposes the scores, not their operands.
+    k, v = (jnp.moveaxis(repeat_heads(x, linear), 1, 2) for x in (k, v))
     block = min(QUERY_BLOCK, length)
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, -1, block, kv_heads, heads // kv_heads, head_dim)
+    q = jnp.transpose(q.reshape(batch, length, k.shape[1], -1, head_dim), (0, 2, 3, 1, 4))
 
-    def one_block(start_and_queries: tuple[Array, Array]) -> Array:
-        start, queries = start_and_queries
+    def one_block(start: Array) -> Array:
+        queries = jax.lax.dynamic_slice_in_dim(q, start, block, axis=3)
         mask = visible.block(start, block, window, length)
         return _attend(queries, k, v, mask, config)
 
-    starts = jnp.arange(q.shape[1]) * block
-    if len(starts) == 1:
-        out = one_block((starts[0], q[:, 0]))[:, None]
-    else:
-        out = jnp.moveaxis(jax.lax.map(one_block, (starts, jnp.moveaxis(q, 1, 0))), 0, 1)
+    starts = jnp.arange(length // block) * block
+    out = one_block(starts[0])[None] if len(starts) == 1 else jax.lax.map(one_block, starts)
+    out = jnp.transpose(out, (1, 0, 4, 2, 3, 5))
     return linear.heads(out.reshape(batch, length, heads, head_dim))
 
 
 def _attend(
-    q: Float[Array, "b q k g h"],
-    k: Float[Array, "b t k h"],
-    v: Float[Array, "b t k h"],
+    q: Float[Array, "b k g q h"],
+    k: Float[Array, "b k t h"],
+    v: Float[Array, "b k t h"],
     mask: Bool[Array, "b q t"],
     config: ModelConfig,
-) -> Float[Array, "b q k g h"]:
-    scores = contract("bqkgh,btkh->bkgqt", q, k, jnp.float32) * config.query_scale
-    scores = softcap(scores, config.attn_softcap)
+) -> Float[Array, "b k g q h"]:
+    batch, kv_heads, groups, block, head_dim = q.shape
+    rows = q.reshape(batch, kv_heads, groups * block, head_dim)
+    scores = contract("bkrh,bkth->bkrt", rows, k, jnp.float32) * config.query_scale
+    scores = softcap(scores, config.attn_softcap).reshape(*q.shape[:4], -1)
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return contract("bkgqt,btkh->bqkgh", weights, v, q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:3], -1)
+    return contract("bkrt,bkth->bkrh", weights, v, q.dtype).reshape(q.shape)
 
 
 def repeat_heads(x: Float[Array, "b t k h"], linear: Linear) -> Float[Array, "b t r h"]:

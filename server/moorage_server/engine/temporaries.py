@@ -130,7 +130,7 @@ def _activations(config: ModelConfig, mesh: MeshShape, bucket: Bucket, platform:
     # blocks run one after the other.
     scores = 3 * queries // config.head_dim * _block(bucket)
     feed = _experts(config, platform) if config.num_experts else 3 * hidden  # gate, up, product
-    return _tokens(bucket, mesh) * (stream + heads + scores + feed)
+    return _tokens(bucket, mesh) * (stream + max(heads + scores, feed))
 
 
 def _experts(config: ModelConfig, platform: str) -> int:
