@@ -36,8 +36,8 @@ def made():
     """A server, and its schedulers."""
     schedulers: list[Scheduler] = []
 
-    def remember(*arguments):
-        schedulers.append(Scheduler(*arguments))
+    def remember(*arguments, **options):
+        schedulers.append(Scheduler(*arguments, **options))
         return schedulers[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -150,7 +150,7 @@ class OrdinaryJit:
 def test_an_ordinary_jit_is_near(compared: tuple[list[float], list[float]]) -> None:
     """It is another program than the server's, so not the same to the bit."""
     losses = grpo.train(load(POLICY), OrdinaryJit(), 3)
-    np.testing.assert_allclose(losses, compared[1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(losses, compared[1], rtol=0, atol=1e-8)
 
 
 def test_grpo_loss_of_known_logprobs() -> None:
