@@ -16,7 +16,7 @@ from moorage_server.health import READY
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
-CONFIGS = sorted(DEPLOY.rglob("*.toml"))
+CONFIGS = sorted(DEPLOY.rglob("moorage.toml"))
 TEXTS = [ROOT / "Dockerfile", *(p for p in sorted(DEPLOY.rglob("*")) if p.is_file())]
 UNIT = (DEPLOY / "systemd" / "moorage.service").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -72,11 +72,9 @@ def test_the_server_takes_the_flags(command):
     settings.parser().parse_args(command.split(" serve ")[1].split())
 
 
-def test_scripts_give_flags_that_there_are():
-    text = (DEPLOY / "container" / "test.sh").read_text()
-    (start,) = re.findall(r'"\$IMAGE" (serve .*--outputs[^>]*)', text.replace("\\\n", " "))
-    found = settings.parser().parse_args(start.split()[1:])
-    assert found.outputs == "logprobs"
+def test_the_image_is_tried_with_settings_that_there_are():
+    written = tomllib.loads((DEPLOY / "container" / "settings.toml").read_text())
+    assert written.keys() <= settings.SETTINGS.keys()
 
 
 def test_probes_ask_where_and_what_health_answers():

@@ -403,7 +403,10 @@ def test_a_pipe_gets_plain_text_for_each_change(monkeypatch, capsys, forced):
 @contextmanager
 def ps_watch(address: str, *argv: str, stdout: int) -> Iterator[subprocess.Popen]:
     """The command in a process of its own, which has ended afterwards."""
-    command = [sys.executable, "-m", "moorage", "ps", "--watch", "--server", address, *argv]
+    # A shell that starts tests in the background has them ignore SIGINT.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import sys; from moorage import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "ps", "--watch", "--server", address, *argv]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "LINES": "24"}
     with subprocess.Popen(
         command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
