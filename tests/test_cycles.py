@@ -7,8 +7,8 @@ import gc
 import os
 import random
 import tempfile
-import time
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
