@@ -33,7 +33,7 @@ lint: $(VENV)/dev
 	$(BIN)/buf format --diff --exit-code
 
 soak: $(VENV)/dev
-	timeout 7200 $(BIN)/python -m pytest -m soak --timeout 1800
+	timeout 10800 $(BIN)/python -m pytest -m soak --timeout 1800
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/restart.py
