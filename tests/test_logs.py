@@ -7,7 +7,7 @@ from contextvars import copy_context
 
 from moorage_server.access import Caller, Role
 from moorage_server.calls import CURRENT, Call
-from moorage_server.logs import JsonFormatter, TextFormatter
+from moorage_server.logs import JsonFormatter, TextFormatter, begin
 
 
 def record(message: str, *arguments: object, error: bool = False) -> logging.LogRecord:
@@ -48,3 +48,14 @@ def test_json_is_one_object_a_line():
         "client": "grpo-7",
     }
     assert "request_id" not in json.loads(JsonFormatter().format(record("x")))
+
+
+def test_the_log_is_the_servers_own(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    begin("info", "text")
+    for name in ("httpx", "moorage_server.cache"):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+            logging.getLogger(name).log(level, "%s at %d", name, level)
+    said = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["httpx at 30", "moorage_server.cache at 20", "moorage_server.cache at 30"]

@@ -195,6 +195,7 @@ def softmax(logits: Any) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
+@pytest.mark.soak
 def test_distillation_learns(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     distill.main([str(POLICY), "llama3", "--server", server.address])
     losses = floats(capsys.readouterr().out)

@@ -22,9 +22,13 @@ def begin(level: str, form: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(_TEXT))
     # packages that were imported before may have set it up already
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in _OWN:  # hubs' clients log signed addresses
-        logging.getLogger(name).setLevel(level.upper())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    handler.addFilter(_is_ours)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a record is the server's own, or a warning: hubs' clients log signed addresses."""
+    return record.name.partition(".")[0] in _OWN or record.levelno >= logging.WARNING
 
 
 class TextFormatter(logging.Formatter):
