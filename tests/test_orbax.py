@@ -229,7 +229,7 @@ WAYS = {
 
 #: One mesh and one cut of each in the suite; the rest in `make soak`.
 MESHES = {(2, 2): 3000, (8, 1): 1 << 20, (1, 8): 20_000}
-SOON = {("gemma2", (8, 1)), ("gemma3_text_mqa", (2, 2))}
+SOON = {("gemma2", (8, 1))}
 
 
 @pytest.mark.parametrize(

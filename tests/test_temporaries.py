@@ -29,11 +29,9 @@ Sizes = tuple[int, int]  # fsdp, tp
 DTYPES = ["float32", "bfloat16"]
 MESHES: list[Sizes] = [(1, 1), (2, 2), (1, 8), (8, 1), (4, 2)]
 
-#: Experts; heads that 8 do not divide; windows and soft caps.
+#: Experts; all variants are in the soak.
 QUICK: list[tuple[str, Sizes, str]] = [
     ("qwen3_moe", (2, 2), "float32"),
-    ("qwen2p5_tied", (1, 8), "bfloat16"),
-    ("gemma2", (8, 1), "float32"),
 ]
 
 #: Preset, stored and compute dtype, mesh, rows x length, and how far the bound may be above.
