@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,11 @@ from moorage_models.config import ModelConfig
 from moorage_models.ops import Linear, contract, softcap
 from moorage_models.sharding import TP
 
-#: Queries a block. Scores of one block are `[B, heads, 256, T]` in float32.
+#: Queries a block. Scores of one row's block are `[heads, 256, T]` in float32.
 QUERY_BLOCK = 256
+
+#: Rows run together as long as a device's block has no more scores: so many stay in its caches.
+BLOCK_SCORES = 1 << 20
 
 _MASKED = -(2.0**127)  # finite: a row that sees nothing gets the mean, never NaN
 
@@ -65,22 +69,43 @@ def attention(
     Returns:
         The values' weighted means, in the dtype of `q`.
     """
-    config = linear.config
     batch, length, heads, head_dim = q.shape
     # Heads before tokens: else the CPU's compiler transposes the scores, not their operands.
     k, v = (jnp.moveaxis(repeat_heads(x, linear), 1, 2) for x in (k, v))
-    block = min(QUERY_BLOCK, length)
     q = jnp.transpose(q.reshape(batch, length, k.shape[1], -1, head_dim), (0, 2, 3, 1, 4))
+    block = min(QUERY_BLOCK, length)
+    own_heads = heads // linear.mesh.shape.get(TP, 1) if linear.on_tp("n") else heads
+    ways = linear.ways(batch)
+    rows = _rows_at_a_time(batch // ways, own_heads * block * length)
 
-    def one_block(start: Array) -> Array:
-        queries = jax.lax.dynamic_slice_in_dim(q, start, block, axis=3)
-        mask = visible.block(start, block, window, length)
-        return _attend(queries, k, v, mask, config)
+    def of_rows(x: Array, first: Array) -> Array:
+        """Some rows of each data-parallel device."""
+        by_device = x.reshape(ways, -1, *x.shape[1:])
+        some = jax.lax.dynamic_slice_in_dim(by_device, first, rows, axis=1)
+        return some.reshape(-1, *x.shape[1:])
 
-    starts = jnp.arange(length // block) * block
-    out = one_block(starts[0])[None] if len(starts) == 1 else jax.lax.map(one_block, starts)
-    out = jnp.transpose(out, (1, 0, 4, 2, 3, 5))
+    def one_block(at: tuple[Array, Array]) -> Array:
+        first, start = at
+        own_q, own_k, own_v, seen = jax.tree.map(partial(of_rows, first=first), (q, k, v, visible))
+        queries = jax.lax.dynamic_slice_in_dim(own_q, start, block, axis=3)
+        mask = seen.block(start, block, window, length)
+        return _attend(queries, own_k, own_v, mask, linear.config)
+
+    firsts, starts = jnp.arange(0, batch // ways, rows), jnp.arange(0, length, block)
+    steps = (jnp.repeat(firsts, len(starts)), jnp.tile(starts, len(firsts)))
+    if len(steps[0]) == 1:
+        out = one_block((firsts[0], starts[0]))
+    else:
+        out = jax.lax.map(one_block, steps)
+    out = out.reshape(len(firsts), len(starts), ways, rows, *q.shape[1:3], block, head_dim)
+    out = jnp.transpose(out, (2, 0, 3, 1, 6, 4, 5, 7))
     return linear.heads(out.reshape(batch, length, heads, head_dim))
+
+
+def _rows_at_a_time(rows: int, row_scores: int) -> int:
+    """The largest part of the rows, dividing them, whose scores are few enough; at least one."""
+    fitting = (n for n in range(rows, 0, -1) if rows % n == 0 and n * row_scores <= BLOCK_SCORES)
+    return next(fitting, 1)
 
 
 def _attend(

@@ -21,10 +21,19 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from moorage_models.attention import QUERY_BLOCK, Visibility, attention
 from moorage_models.config import LOCAL, ModelConfig
 from moorage_models.moe import experts
-from moorage_models.ops import Linear, rms_norm, rotary_frequencies, rotate, softcap
+from moorage_models.ops import (
+    Linear,
+    rms_norm,
+    rotary_frequencies,
+    rotary_turns,
+    rotate,
+    softcap,
+)
 from moorage_models.parameters import LAYERS, PARAMETERS, head_parameter
 
 Params = Mapping[str, Array]
+#: Cosines and sines of a layer's rotary angles.
+Turns = tuple[Float32[Array, "b t half"], Float32[Array, "b t half"]]
 
 _NO_WINDOW = np.int32(2**30)
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -69,15 +78,19 @@ def trunk(
     if config.embed_scale:
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
 
+    kinds, frequencies = _kinds(config)
+    turns = rotary_turns(positions, frequencies)  # in the loop they would be found for each head
+
     def body(x: Array, layer: tuple[Params, Params]) -> tuple[Array, None]:
         weights, kind = layer
-        y = _layer(x, weights, kind, positions, visible, linear)
+        own = (jax.lax.dynamic_index_in_dim(x, kind["rotary"], keepdims=False) for x in turns)
+        y = _layer(x, weights, kind["window"], tuple(own), visible, linear)
         return (y if depth is None else jnp.where(kind["index"] < depth, y, x)), None
 
     stacked = {k.removeprefix(LAYERS): v for k, v in params.items() if k.startswith(LAYERS)}
     if depth is None:  # then it may be differentiated
         body = jax.checkpoint(body, prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, (stacked, _kinds(config)))
+    x, _ = jax.lax.scan(body, x, (stacked, kinds))
     normed = rms_norm(x, params["final_norm"], config.norm_eps, offset=config.norm_offset)
     if depth is not None:
         normed = jnp.where(depth < config.num_layers, x.astype(jnp.float32), normed)
@@ -96,14 +109,14 @@ def logits_of(
 def _layer(
     x: Float[Array, "b t d"],
     weights: Mapping[str, Array],
-    kind: Mapping[str, Array],
-    positions: Int[Array, "b t"],
+    window: Int[Array, ""],
+    turns: Turns,
     visible: Visibility,
     linear: Linear,
 ) -> Float[Array, "b t d"]:
     config = linear.config
     norm = partial(_norm, weights=weights, config=config, dtype=x.dtype)
-    attended = _attention(norm(x, name="attn_norm"), weights, kind, positions, visible, linear)
+    attended = _attention(norm(x, name="attn_norm"), weights, window, turns, visible, linear)
     x = x + (norm(attended, name="attn_post_norm") if config.post_norms else attended)
     feed = experts if config.num_experts else _mlp
     fed = feed(norm(x, name="mlp_norm"), weights, linear)
@@ -113,8 +126,8 @@ def _layer(
 def _attention(
     x: Float[Array, "b t d"],
     weights: Mapping[str, Array],
-    kind: Mapping[str, Array],
-    positions: Int[Array, "b t"],
+    window: Int[Array, ""],
+    turns: Turns,
     visible: Visibility,
     linear: Linear,
 ) -> Float[Array, "b t d"]:
@@ -127,9 +140,9 @@ def _attention(
         y = y.reshape(*y.shape[:2], -1, config.head_dim)
         if config.qk_norm and name != "v":
             y = _norm(y, weights=weights, name=f"attn.{name}_norm", config=config, dtype=y.dtype)
-        return y if name == "v" else rotate(y, positions, kind["frequencies"])
+        return y if name == "v" else rotate(y, *turns)
 
-    out = attention(heads("q"), heads("k"), heads("v"), visible, kind["window"], linear)
+    out = attention(heads("q"), heads("k"), heads("v"), visible, window, linear)
     out = out.reshape(*x.shape[:2], -1)
     return linear.project(out, "layers.attn.o", weights["attn.o"])
 
@@ -151,17 +164,18 @@ def _norm(
     return normed.astype(dtype)
 
 
-def _kinds(config: ModelConfig) -> dict[str, Array]:
-    """What tells layers apart: number and window `[L]`, rotary frequencies `[L, h/2]`."""
+def _kinds(config: ModelConfig) -> tuple[dict[str, Array], Float32[np.ndarray, "kinds half"]]:
+    """What tells layers apart: number, window and set of rotary frequencies `[L]`; and the sets."""
+    is_local = np.array([kind == LOCAL for kind in config.layer_kinds])
+    glob = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     local_theta = config.rope_local_theta or config.rope_theta
     local = rotary_frequencies(config.head_dim, local_theta, config.rope_local_scaling)
-    glob = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    is_local = np.array([kind == LOCAL for kind in config.layer_kinds])
+    sets = [glob] if np.array_equal(local, glob) or not is_local.any() else [glob, local]
     return {
         "index": jnp.arange(config.num_layers),
         "window": jnp.asarray(np.where(is_local, config.window or _NO_WINDOW, _NO_WINDOW)),
-        "frequencies": jnp.asarray(np.where(is_local[:, None], local, glob)),
-    }
+        "rotary": jnp.asarray(np.where(is_local, len(sets) - 1, 0)),
+    }, np.stack(sets)
 
 
 def _pad(

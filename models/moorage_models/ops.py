@@ -112,9 +112,13 @@ class Linear:
         return laid
 
     def batch_spec(self, x: Array) -> PartitionSpec:
-        """How the first axis of activations is split: over fsdp, if it divides."""
+        """How the first axis of activations is split."""
+        return PartitionSpec(FSDP if self.ways(x.shape[0]) > 1 else None)
+
+    def ways(self, batch: int) -> int:
+        """Over how many devices so many rows are split: those of fsdp, if they divide."""
         ways = self.mesh.shape.get(FSDP, 1)
-        return PartitionSpec(FSDP if ways > 1 and x.shape[0] % ways == 0 else None)
+        return ways if batch % ways == 0 else 1
 
     def on_tp(self, letter: str) -> bool:
         """Whether tensor parallelism splits the axis of this letter."""
@@ -162,14 +166,21 @@ def rotary_frequencies(
     return blended
 
 
+def rotary_turns(
+    positions: Int[Array, "b t"], frequencies: Float32[np.ndarray, "kinds half"]
+) -> tuple[Float32[Array, "kinds b t half"], Float32[Array, "kinds b t half"]]:
+    """Cosines and sines of every position's angles, for some sets of frequencies."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[:, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(
     x: Float[Array, "b t heads h"],
-    positions: Int[Array, "b t"],
-    frequencies: Float32[Array, " half"],
+    cos: Float32[Array, "b t half"],
+    sin: Float32[Array, "b t half"],
 ) -> Float[Array, "b t heads h"]:
-    """Turns each pair `(x[i], x[i + h/2])` by `position * frequency`, in float32."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    """Turns each pair `(x[i], x[i + h/2])` by its angle, in float32."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

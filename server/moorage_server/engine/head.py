@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from moorage_models.config import ModelConfig
-from moorage_models.ops import Linear, softcap
-from moorage_models.parameters import head_parameter
-from moorage_models.sharding import TP
+from moorage_models.ops import Linear, contract, partition, softcap
+from moorage_models.parameters import PARAMETERS, head_parameter
+from moorage_models.sharding import FSDP, TP, storage_spec
 from moorage_server.engine.outputs import OUTPUTS, Logits, Profile
 
 #: Tokens of a chunk on each data-parallel device: no program holds the logits of more.
 CHUNK = 128
 
-_CAPPED_ROWS = 8  # rows that are capped at a time
+_MIN_BLOCK, _MAX_BLOCK = 256, 1024
 
 
 def head(
@@ -72,21 +73,59 @@ def scaled_logits(
 ) -> Float32[Array, "s c v"]:
     """Logits divided by a temperature, or a reward model's scores, in one buffer.
 
-    Without a cap the hidden states are divided: a second array of the logits' size would take as
-    much memory again.
+    Each tensor-parallel device makes those of its own rows of the table, in float32. A table that
+    has to be cast, gathered or capped is gone through in blocks: no program holds another copy of
+    it. Without a cap the hidden states are divided.
     """
     name, linear = head_parameter(config), Linear(config, mesh)
-    cap = None if config.num_labels else config.final_softcap
+    table, cap = params[name], None if config.num_labels else config.final_softcap
     if cap is None:
-        return linear.project(hidden / temperatures[..., None], name, params[name])
+        hidden = hidden / temperatures[..., None]
+    stored = storage_spec(PARAMETERS[name].axes, table.shape, dict(mesh.shape))
+    gathered = FSDP in stored[0]
+    is_plain = table.dtype == hidden.dtype and not gathered and cap is None
+    if is_plain or config.num_labels:
+        return linear.project(hidden, name, table)
 
-    def capped(i: Array, values: Array) -> Array:
-        start = i * _CAPPED_ROWS
-        some = jax.lax.dynamic_slice_in_dim(values, start, _CAPPED_ROWS, axis=1)
-        warmth = jax.lax.dynamic_slice_in_dim(temperatures, start, _CAPPED_ROWS, axis=1)
-        some = softcap(some, cap) / warmth[..., None]
-        return jax.lax.dynamic_update_slice_in_dim(values, some, start, axis=1)
+    def own(
+        hidden: Float32[Array, "s c d"],
+        temperatures: Float32[Array, "s c"],
+        table: Float[Array, "o d"],
+    ) -> Float32[Array, "s c v"]:
+        count, ways = len(table), mesh.shape[FSDP] if gathered else 1
+        rows = min(block_rows(count * ways, config.embed_dim) // ways, count)
 
-    values = linear.project(hidden, name, params[name])
-    done: Array = jax.lax.fori_loop(0, hidden.shape[1] // _CAPPED_ROWS, capped, values)
-    return done
+        def add_block(i: Array, logits: Array) -> Array:
+            start = jnp.minimum(i * rows, count - rows)  # the last begins early, to be as large
+            block = jax.lax.dynamic_slice_in_dim(table, start, rows)
+            block = jax.lax.all_gather(block, FSDP, tiled=True) if gathered else block
+            values = contract("scd,vd->scv", hidden, block.astype(jnp.float32), jnp.float32)
+            if cap is not None:
+                values = softcap(values, cap) / temperatures[..., None]
+            values = values.reshape(*logits.shape[:3], rows)
+            return jax.lax.dynamic_update_slice_in_dim(logits, values, start, axis=3)
+
+        logits = jnp.empty((*hidden.shape[:2], ways, count), jnp.float32)
+        logits = jax.lax.fori_loop(0, -(-count // rows), add_block, logits)
+        return logits.reshape(*hidden.shape[:2], -1)
+
+    by_rows, by_table = linear.batch_spec(hidden), partition(stored)
+    logits: Array = jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(by_rows, by_rows, by_table),
+        out_specs=PartitionSpec(*by_rows, None, TP if TP in stored[0] else None),
+        check_vma=False,  # of a table that no axis splits
+    )(hidden, temperatures, table)
+    return logits
+
+
+def block_rows(outputs: int, width: int) -> int:
+    """Rows of a block of the table: an eighth of a chunk's logits in bytes, if that is some.
+
+    Args:
+        outputs: The vocabulary's part of a tensor-parallel device.
+        width: The embedding's width.
+    """
+    rows = CHUNK * outputs // (8 * width)
+    return min(max(rows, _MIN_BLOCK), _MAX_BLOCK) // 64 * 64

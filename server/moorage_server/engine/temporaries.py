@@ -20,7 +20,7 @@ from moorage_models.sharding import (
     splits_over_tp,
 )
 from moorage_server.engine.api import Bucket
-from moorage_server.engine.head import CHUNK
+from moorage_server.engine.head import CHUNK, block_rows
 from moorage_server.engine.outputs import PROFILES, Profile, served
 
 _WIDE = 4  # bytes: a backend may compute in float32 whatever was asked for, and the CPU's does
@@ -149,7 +149,7 @@ def _head(
     shares: Mapping[str, _Share],
     profiles: Collection[Profile],
 ) -> int:
-    """The head's weight, and of a chunk its logits, hidden states, and this and the last result.
+    """A block of the head's table, and of a chunk its logits, hidden states, and two results.
 
     Every device has the results of all. The hidden states are those that are held, divided by
     their temperatures, and those of the chunk before.
@@ -159,7 +159,9 @@ def _head(
     found = max((profile.size for profile in profiles), default=0) * mesh.get(TP, 1)
     whole = mesh.get(FSDP, 1) * (3 * result + 2)  # gathered, returned, and still held from before
     split = 2 * outputs + 3 * config.embed_dim + 4 * min(found, outputs)
-    return shares[head_parameter(config)].widened + CHUNK * (whole + split)
+    own = outputs // mesh.get(TP, 1)
+    block = 3 * config.embed_dim * min(block_rows(own, config.embed_dim), outputs)
+    return block + CHUNK * (whole + split)
 
 
 def _result(config: ModelConfig, profile: Profile) -> int:
