@@ -52,7 +52,7 @@ presets: $(VENV)/dev
 	$(BIN)/python benchmarks/presets.py
 
 docs: $(VENV)/docs
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 image: $(VENV)/demo
 	PYTHON=$(abspath $(BIN)/python) deploy/container/test.sh

@@ -17,8 +17,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds a page for each file or folder that is linked to."""
     pages = [file.content_string for file in files.documentation_pages()]
     for path in sorted({path for page in pages for path in _LINK.findall(page)}):
-        text = "\n".join([f"# {path}\n", *map(_block, _files(ROOT / path))])
-        hidden = f"---\nsearch:\n  exclude: true\n---\n{text}"
+        hidden = f"---\nsearch:\n  exclude: true\n---\n{_text(path)}"
         page = File.generated(config, _page(path), content=hidden)
         page.inclusion = InclusionLevel.NOT_IN_NAV
         files.append(page)
@@ -32,6 +31,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _page(path: str) -> str:
     return f"repository/{path}.md"
+
+
+def _text(path: str) -> str:
+    if path.endswith(".md"):
+        return (ROOT / path).read_text()
+    return "\n".join([f"# {path}\n", *map(_block, _files(ROOT / path))])
 
 
 def _files(path: Path) -> list[Path]:

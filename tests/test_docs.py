@@ -82,4 +82,10 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
         [*command, tmp_path / "site"], cwd=ROOT, env=quiet, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "site" / "index.html").is_file()
+    site = tmp_path / "site"
+    for page, said in {
+        "index": "Load and score",
+        "repository/benchmarks/README.md": "Latest",
+        "repository/deploy/kubernetes": "statefulset.yaml",
+    }.items():
+        assert said in (site / f"{page}.html").read_text()
