@@ -21,6 +21,7 @@ from checkpoints import GOLDEN, mesh_of, open_folder
 from engine_double import EngineDouble
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
+from moorage_server import status_page
 from moorage_server.engine import Device, EngineInfo, Need
 from status_server import status_server
 
@@ -39,10 +40,9 @@ FLAGS = [
 EVIL = "<img src=x onerror=\"document.title='mine'\">"
 SCREENS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 
-pytestmark = [
-    pytest.mark.soak,
-    pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium"),
-]
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM, reason="no chromium in PATH: apt-get install chromium"
+)
 
 
 class Sized(EngineDouble):
@@ -71,13 +71,19 @@ class Sized(EngineDouble):
         return dict.fromkeys(range(4), self.sizes[handle])
 
 
-@asynccontextmanager
-async def opened(url, width=1280, scheme="light", **options):
-    """The page in a browser of a width, and what went wrong in it."""
-    async with playwright.async_playwright() as play:
-        browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+class Chromium:
+    """One browser for all tests, in an event loop that outlives each."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self.run = runner.run
+        self.play = self.run(playwright.async_playwright().start())
+        self.browser = self.run(self.play.chromium.launch(executable_path=CHROMIUM, args=FLAGS))
+
+    @asynccontextmanager
+    async def opened(self, url, width=1280, scheme="light", **options):
+        """The page in a window of a width that knows no other, and what went wrong in it."""
         viewport = {"width": width, "height": 900}
-        page = await browser.new_page(viewport=viewport, color_scheme=scheme, **options)
+        page = await self.browser.new_page(viewport=viewport, color_scheme=scheme, **options)
         page.problems = []
         page.on("console", lambda message: page.problems.append(message.text))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
@@ -85,7 +91,20 @@ async def opened(url, width=1280, scheme="light", **options):
         page.on("request", lambda request: page.asked.append(request.url))
         await page.goto(url)
         yield page
-        await browser.close()
+        await page.close()
+
+    async def close(self):
+        await self.browser.close()
+        await self.play.stop()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
+        patch.setattr(status_page, "_TICK_SECONDS", 0.1)  # rather than wait for each second
+        browser = Chromium(runner)
+        yield browser
+        browser.run(browser.close())
 
 
 def text_of(page, selector):
@@ -101,13 +120,13 @@ async def until(page, selector, text):
     await page.locator(selector).filter(has_text=text).first.wait_for(timeout=10_000)
 
 
-def test_the_page_is_live_and_has_the_numbers_of_the_rpc():
+def test_the_page_is_live_and_has_the_numbers_of_the_rpc(chromium):
     async def run():
         engine = Sized()
         async with (
             status_server(engine, GOLDEN) as server,
             moorage.aio.connect(server.address) as client,
-            opened(server.page.url) as page,
+            chromium.opened(server.page.url) as page,
         ):
             await until(page, "#live", "live")
             await until(page, "#no-models", "No model is loaded.")
@@ -147,11 +166,11 @@ def test_the_page_is_live_and_has_the_numbers_of_the_rpc():
             assert page.problems == []
             assert {url.startswith(server.page.url) for url in page.asked} == {True}
 
-    asyncio.run(run())
+    chromium.run(run())
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3_moe"])
-def test_the_picture_shows_the_slices_that_jax_would_give_each_device(name):
+def test_the_picture_shows_the_slices_that_jax_would_give_each_device(name, chromium):
     mesh = mesh_of(2, 2)
     expected = {}
     for parameter in open_folder(GOLDEN / name).plan.parameters:
@@ -173,7 +192,7 @@ def test_the_picture_shows_the_slices_that_jax_would_give_each_device(name):
         async with (
             status_server(Sized(), GOLDEN) as server,
             moorage.aio.connect(server.address) as client,
-            opened(server.page.url) as page,
+            chromium.opened(server.page.url) as page,
         ):
             await client.load(name, "internal", name)
             await page.locator("summary").click()
@@ -191,18 +210,18 @@ def test_the_picture_shows_the_slices_that_jax_would_give_each_device(name):
             assert said.partition(", ")[0].startswith("device 3: [")
             return said
 
-    asyncio.run(run())
+    chromium.run(run())
     assert jax.device_count() == 8
 
 
-def test_a_browser_gives_its_token_as_a_password(tmp_path):
+def test_a_browser_gives_its_token_as_a_password(tmp_path, chromium):
     tokens = tmp_path / "tokens"
     tokens.write_text("me score my-token-0123456789\n")
 
     async def run(password):
         async with (
             status_server(Sized(), tokens=tokens) as server,
-            opened(
+            chromium.opened(
                 server.page.url, http_credentials={"username": "", "password": password}
             ) as page,
         ):
@@ -210,12 +229,12 @@ def test_a_browser_gives_its_token_as_a_password(tmp_path):
                 await until(page, "#live", "live")
             return await page.locator("body").inner_text()
 
-    assert "Device memory" in asyncio.run(run("my-token-0123456789"))
-    assert "does not know that token" in asyncio.run(run("guessed-0123456789"))
+    assert "Device memory" in chromium.run(run("my-token-0123456789"))
+    assert "does not know that token" in chromium.run(run("guessed-0123456789"))
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
-def test_it_is_legible_on_every_screen(width, scheme, tmp_path):
+def test_it_is_legible_on_every_screen(width, scheme, tmp_path, chromium):
     folder = Path(os.environ.get("MOORAGE_SCREENSHOTS", tmp_path))
 
     async def run():
@@ -223,7 +242,7 @@ def test_it_is_legible_on_every_screen(width, scheme, tmp_path):
         async with (
             status_server(engine, GOLDEN) as server,
             moorage.aio.connect(server.address) as client,
-            opened(server.page.url, width, scheme) as page,
+            chromium.opened(server.page.url, width, scheme) as page,
         ):
             for name in ("llama3", "gemma2"):
                 model = await client.load(name, "internal", name, lease=600, client_name="grpo-7")
@@ -236,13 +255,14 @@ def test_it_is_legible_on_every_screen(width, scheme, tmp_path):
                 await client.load("nobody/nothing", "internal", "nothing")
             await until(page, ".state", "LOADING")
             await until(page, "#errors", "CHECKPOINT_NOT_FOUND")
-            await asyncio.sleep(2)
-            await page.screenshot(path=folder / f"status-{width}-{scheme}.png", full_page=True)
-            await page.locator("summary").first.click()
-            await page.screenshot(path=folder / f"layout-{width}-{scheme}.png", full_page=True)
+            await until(page, ".tile", "30 in 2 forward passes")
+            for name in ("status", "layout"):
+                path = folder / f"{name}-{width}-{scheme}.png"
+                await page.screenshot(path=path, full_page=True, animations="disabled")
+                await page.locator("summary").first.click()
             wide = await page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width
             engine.release()
             await loading
 
-    asyncio.run(run())
+    chromium.run(run())
