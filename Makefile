@@ -6,8 +6,8 @@
 # make bench-beside  a forward pass while another model loads; options in ARGS
 # make presets  every preset at its real size, compiled from shapes alone
 # make docs   the documentation as a site, in build/site
+# make deploy-lint  Dockerfile, Kubernetes manifests and the systemd unit; a part of lint
 # make image  the container image, built and run; root on Debian, no engine and no registry
-# make deploy-lint  Dockerfile, Kubernetes manifests and the systemd unit
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 VENV ?= .venv
@@ -23,7 +23,7 @@ demo: $(VENV)/demo
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(VENV)/dev
+lint: $(VENV)/dev deploy-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -57,8 +57,8 @@ docs: $(VENV)/docs
 image: $(VENV)/demo
 	PYTHON=$(abspath $(BIN)/python) deploy/container/test.sh
 
-deploy-lint:
-	deploy/lint.sh
+deploy-lint: $(VENV)/dev
+	PATH="$(abspath $(BIN)):$$PATH" deploy/lint.sh
 
 stubs: $(VENV)/dev
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=client --pyi_out=client \
