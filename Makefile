@@ -55,7 +55,7 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 image: $(VENV)/demo
-	PYTHON=$(abspath $(BIN)/python) deploy/container/test.sh
+	PYTHON=$(abspath $(BIN)/python) timeout 1800 deploy/container/test.sh
 
 deploy-lint: $(VENV)/dev
 	PATH="$(abspath $(BIN)):$$PATH" deploy/lint.sh

@@ -26,7 +26,7 @@ inside() { run --rm --network none --entrypoint "" "$IMAGE" "$@"; }
 
 tools() {
   [ "$(id -u)" = 0 ] || skipped "only root may build here"
-  local wanted=(buildah podman runc debootstrap) missing=() tool
+  local wanted=(buildah podman runc debootstrap openssl) missing=() tool
   for tool in "${wanted[@]}"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
   if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || skipped "no ${missing[*]}, and no apt-get to install them"
