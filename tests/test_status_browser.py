@@ -38,7 +38,15 @@ FLAGS = [
     "--disable-sync",
 ]
 EVIL = "<img src=x onerror=\"document.title='mine'\">"
-SCREENS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
+SCREENS = [(1280, "light"), (1280, "dark"), (800, "light"), (400, "light"), (400, "dark")]
+#: The labels of tiles whose drawing lies over them.
+COVERED = """() => [...document.querySelectorAll(".tile")].filter((tile) => {
+  const drawing = tile.querySelector("svg, meter")?.getBoundingClientRect();
+  const text = document.createRange();
+  text.selectNodeContents(tile.querySelector("dt"));
+  const label = text.getBoundingClientRect();
+  return drawing && drawing.left < label.right && drawing.top < label.bottom;
+}).map((tile) => tile.querySelector("dt").textContent)"""
 
 pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="no chromium in PATH: apt-get install chromium"
@@ -262,6 +270,7 @@ def test_it_is_legible_on_every_screen(width, scheme, tmp_path, chromium):
                 await page.locator("summary").first.click()
             wide = await page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width
+            assert await page.evaluate(COVERED) == []
             engine.release()
             await loading
 

@@ -1,6 +1,6 @@
 // What goes on: tiles of numbers, leases, and the latest errors.
 
-import { element, keyed, part, setAttribute, setText } from "./dom.js";
+import { element, keyed, part, setAttribute, setText, setWords } from "./dom.js";
 import { count, percent, secondsOf, several, short, span } from "./format.js";
 import { tag } from "./tags.js";
 
@@ -46,7 +46,7 @@ function tilesOf({ activity, limits, compiles_after_ready: compiles }) {
       more: `${count(tokens)} of ${count(slots)} slots, ${several(activity.batches, "batch", "batches")}` },
     { name: "Leases", value: count(activity.leases), more: `of ${count(limits.max_leases)}` },
     { name: "Loads", value: count(loads), more: failed },
-    { name: "Refused or failed", value: count(refused), more: reasons(activity.refusals) },
+    { name: "Refused or failed", value: count(refused), more: reasons(activity.refusals) || "none" },
     { name: "Compiles after ready", value: count(compiles),
       more: Number(compiles) ? "a bug: none should be" : "none, as it should be" },
   ];
@@ -57,8 +57,9 @@ function loadsOf(loads) {
   return [ready, reasons(loads.filter((load) => load.name !== "READY")) || "none failed"];
 }
 
+/** One a line. */
 function reasons(counts) {
-  return counts.map((reason) => `${reason.name} ${count(reason.count)}`).join(", ");
+  return counts.map((reason) => `${reason.name}\u00a0${count(reason.count)}`).join(",\n");
 }
 
 function makeTile(tile) {
@@ -73,7 +74,7 @@ function makeTile(tile) {
 
 function updateTile(node, tile) {
   setText(part(node, "value"), tile.value);
-  setText(part(node, "more"), tile.more);
+  setWords(part(node, "more"), tile.more);
   if (tile.curve) part(node, "line").setAttribute("points", points(tile.curve));
   if (tile.part !== undefined) {
     setAttribute(part(node, "meter"), "value", String(tile.part));
@@ -108,7 +109,7 @@ export function showLeases(table, status) {
     model.leases.map((lease, i) => ({ model, lease, key: `${model.handle} ${i}` })));
   keyed(table.tBodies[0], leases, (row) => row.key, makeLease, ({ cells }, { model, lease }) => {
     setText(cells[0], lease.client || "a client");
-    setText(part(cells[1], "name"), model.spec.model_id);
+    setWords(part(cells[1], "name"), model.spec.model_id);
     setText(cells[2], span(secondsOf(lease.time_left)));
     setText(cells[3], span(secondsOf(lease.duration)));
   });

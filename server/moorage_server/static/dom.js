@@ -19,6 +19,16 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** A text as children of an element, which may break after / and _ too. */
+export function words(text) {
+  return text.split(/(?<=[/_])/).flatMap((word, i) => (i ? [element("wbr"), word] : [word]));
+}
+
+/** Sets an element's text, as words. */
+export function setWords(node, text) {
+  if (node.textContent !== text) node.replaceChildren(...words(text));
+}
+
 /** Sets an attribute, if it is another. */
 export function setAttribute(node, name, value) {
   if (node.getAttribute(name) !== value) node.setAttribute(name, value);

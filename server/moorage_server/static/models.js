@@ -1,6 +1,6 @@
 // The models: what each is, how far its load has come, who uses it, and how it lies on the mesh.
 
-import { element, keyed, part, setAttribute, setText } from "./dom.js";
+import { element, keyed, part, setAttribute, setText, words } from "./dom.js";
 import { bytes, count, nameOf, secondsOf, several, short, span } from "./format.js";
 import { makeLayout } from "./layout.js";
 import { tag } from "./tags.js";
@@ -20,7 +20,7 @@ function makeCard(entry, server) {
   return element("article", { class: "model", "aria-label": model.spec.model_id },
     element("header", {},
       tag(model.handle),
-      element("h3", {}, model.spec.model_id),
+      element("h3", {}, ...words(model.spec.model_id)),
       element("span", { class: "state", "data-part": "state" })),
     element("p", { class: "facts" }, factsOf(model)),
     element("div", { class: "stages", "data-part": "stages" }),
