@@ -93,10 +93,8 @@ def attention(
 
     firsts, starts = jnp.arange(0, batch // ways, rows), jnp.arange(0, length, block)
     steps = (jnp.repeat(firsts, len(starts)), jnp.tile(starts, len(firsts)))
-    if len(steps[0]) == 1:
-        out = one_block((firsts[0], starts[0]))
-    else:
-        out = jax.lax.map(one_block, steps)
+    is_one = len(firsts) * len(starts) == 1
+    out = one_block((firsts[0], starts[0])) if is_one else jax.lax.map(one_block, steps)
     out = out.reshape(len(firsts), len(starts), ways, rows, *q.shape[1:3], block, head_dim)
     out = jnp.transpose(out, (2, 0, 3, 1, 6, 4, 5, 7))
     return linear.heads(out.reshape(batch, length, heads, head_dim))

@@ -105,8 +105,8 @@ def scaled_logits(
             values = values.reshape(*logits.shape[:3], rows)
             return jax.lax.dynamic_update_slice_in_dim(logits, values, start, axis=3)
 
-        logits = jnp.empty((*hidden.shape[:2], ways, count), jnp.float32)
-        logits = jax.lax.fori_loop(0, -(-count // rows), add_block, logits)
+        room = jnp.empty((*hidden.shape[:2], ways, count), jnp.float32)
+        logits: Array = jax.lax.fori_loop(0, -(-count // rows), add_block, room)
         return logits.reshape(*hidden.shape[:2], -1)
 
     by_rows, by_table = linear.batch_spec(hidden), partition(stored)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moorage_models.attention import QUERY_BLOCK
 from moorage_models.config import ModelConfig
-from moorage_models.parameters import LAYERS, PARAMETERS, axis_sizes, head_parameter
+from moorage_models.parameters import LAYERS, PARAMETERS, axis_sizes
 from moorage_models.plan import Plan, PlannedParameter
 from moorage_models.sharding import (
     FSDP,
@@ -60,7 +60,7 @@ def temporary_bytes(
     activations = max(_activations(config, mesh, bucket, platform) for bucket in buckets)
     stacks = 0 if platform == "tpu" else _laid_anew(plan, compute_dtype, shares)
     trunk = _weights(shares) + stacks + activations
-    return _WIDE * (result + max(trunk, _head(config, mesh, shares, served(config, profiles))))
+    return _WIDE * (result + max(trunk, _head(config, mesh, served(config, profiles))))
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,6 @@ def _experts(config: ModelConfig, platform: str) -> int:
 def _head(
     config: ModelConfig,
     mesh: MeshShape,
-    shares: Mapping[str, _Share],
     profiles: Collection[Profile],
 ) -> int:
     """A block of the head's table, and of a chunk its logits, hidden states, and two results.
