@@ -133,6 +133,7 @@ class LocalReference:
         checkpoint = open_checkpoint(request)
         self._config = checkpoint.config
         self._engine.load(_HANDLE, checkpoint, LoadMonitor())
+        self._buckets = self._engine.prove(_HANDLE)
 
     def forward_async(self, rows: Rows, *, from_position: int) -> Future[Logprobs]:
         """Scores rows, here and now; `moorage.Model.forward_async` says what.
@@ -146,9 +147,8 @@ class LocalReference:
         """
         packed = make_rows([token for row in rows for token in row], [*map(len, rows)], [])
         wanted = Wanted(outputs=("logprobs",), from_positions=(from_position,))
-        buckets = self._engine.info().buckets_for(self._config.max_position)
-        work = make_work(packed, wanted, self._config, buckets, _PROFILES)
-        score(work, buckets, 1, self._forward)
+        work = make_work(packed, wanted, self._config, self._buckets, _PROFILES)
+        score(work, self._buckets, 1, self._forward)
         work.check()
         ends = np.cumsum(work.row_lengths["logprobs"])[:-1]
         answer: Future[Logprobs] = Future()

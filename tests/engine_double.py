@@ -77,6 +77,10 @@ class EngineDouble:
         self.loaded.add(handle)
         return dict(BYTES)
 
+    def prove(self, handle: str) -> tuple[Bucket, ...]:
+        self._pass("prove")
+        return self.info().buckets
+
     def unload(self, handle: str) -> dict[int, int]:
         self._pass("unload")
         self.loaded.remove(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from moorage_server.model import Model
 from moorage_server.tasks import start
 
 _PARALLEL_LOADS = 4
+
+_log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -89,6 +92,7 @@ class Loader:
                 await self.admission.admit(model)
                 model.enter(State.LOADING)
                 await asyncio.get_running_loop().run_in_executor(self._threads, self._place, model)
+            await self._prove(model)
             model.enter(State.READY)
             self._activity.end_load(model.monitor.stages(), time.monotonic() - begin)
             if model.unload:  # asked for too late to stop the load
@@ -112,6 +116,18 @@ class Loader:
         except BaseException:
             self._engine.unload(model.handle)
             raise
+
+    async def _prove(self, model: Model) -> None:
+        """Finds the shapes in which the model's rows get the same bits."""
+        try:
+            model.buckets = await self.device_thread.run(self._engine.prove, model.handle)
+        except BaseException:
+            await self.device_thread.run(self._engine.unload, model.handle)
+            raise
+        served = self._engine.info().buckets_for(model.checkpoint.config.max_position)
+        if left_out := [f"{b.rows}x{b.length}" for b in served if b not in model.buckets]:
+            text = "model %s does not run in %s: rows would get other bits than in larger shapes"
+            _log.info(text, model.handle, ", ".join(left_out))
 
     async def _unload(self, model: Model) -> dict[int, int]:
         assert model.load

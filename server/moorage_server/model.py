@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
+from moorage_server.engine import Bucket
 from moorage_server.leases import Lease
 from moorage_server.lifecycle import NEXT, State
 
@@ -33,6 +34,7 @@ class Model:
         monitor: Progress of its load.
         device_bytes: Bytes of parameters by device id, once placed.
         weights_digest: A digest of the weights, once placed.
+        buckets: The shapes that it runs in, once that was tried.
         load_seconds: How long the load took, once it is over.
         last_use: When the last forward pass ended, or 0.
         forwards: Forward passes served.
@@ -53,6 +55,7 @@ class Model:
     monitor: LoadMonitor = field(default_factory=LoadMonitor)
     device_bytes: dict[int, int] = field(default_factory=dict)
     weights_digest: str = ""
+    buckets: tuple[Bucket, ...] = ()
     load_seconds: float = 0.0
     last_use: float = 0.0
     forwards: int = 0

@@ -313,8 +313,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
                 f"version {request.expected_weights_version} of the weights is expected; model "
                 f"{model.handle} has version {WEIGHTS_VERSION}",
             )
-        config = model.checkpoint.config
-        buckets = self._info.buckets_for(config.max_position)
+        config, buckets = model.checkpoint.config, model.buckets
         rows = make_rows(request.token_ids, request.row_lengths, request.segment_ids)
         profiles = served(config, self._info.profiles)
         work = make_work(rows, answering.to_wanted(request), config, buckets, profiles)

@@ -100,6 +100,12 @@ class Batch:
     positions: Int32[np.ndarray, "rows length"]
     depth: int | None = None
 
+    @property
+    def bucket(self) -> Bucket:
+        """Its shape."""
+        rows, length = self.tokens.shape
+        return Bucket(length, rows)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -167,6 +173,14 @@ class Engine(Protocol):
 
         Raises:
             ModelError: The load failed or was cancelled; nothing of it is left.
+        """
+        ...
+
+    def prove(self, handle: str) -> tuple[Bucket, ...]:
+        """Runs a loaded model to see in which shapes a row gets the same bits.
+
+        Returns:
+            The buckets to run it in, shortest first.
         """
         ...
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from moorage_models.arena import Arena
@@ -22,6 +23,7 @@ from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
 from moorage_models.ring import WINDOW_BYTES
+from moorage_server.engine.agreement import agreeing
 from moorage_server.engine.api import (
     Answers,
     Batch,
@@ -135,6 +137,18 @@ class LocalEngine:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return _device_bytes(params.values())
+
+    def prove(self, handle: str) -> tuple[Bucket, ...]:
+        """Runs a loaded model to see in which shapes a row gets the same bits."""
+        model = self._models[handle]
+        programs, vocabulary = model.programs, model.programs.config.vocab_size
+        return tuple(
+            agreeing(
+                programs.trunks,
+                vocabulary,
+                lambda batch: np.asarray(programs.hidden(model.params, batch)),
+            )
+        )
 
     def unload(self, handle: str) -> dict[int, int]:
         """Frees a model's arrays, and counts those that are gone."""

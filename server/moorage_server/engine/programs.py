@@ -83,18 +83,21 @@ class Programs:
     ) -> Answers:
         """Answers all questions about one batch."""
         begin = time.perf_counter()
-        trunk_params, head_params = split_params(params, self.config)
-        bucket = Bucket(batch.tokens.shape[1], batch.tokens.shape[0])
-        depth = np.int32(self.config.num_layers if batch.depth is None else batch.depth)
-        hidden = self.trunks[bucket](
-            trunk_params, batch.tokens, batch.segments, batch.positions, depth
-        )
+        hidden, head_params = self.hidden(params, batch), split_params(params, self.config)[1]
         transfer, tensors = 0.0, []
         for question in questions:
-            found, seconds = self._answer(question, hidden, bucket, head_params)
+            found, seconds = self._answer(question, hidden, batch.bucket, head_params)
             tensors.append(found)
             transfer += seconds
         return Answers(tuple(tensors), time.perf_counter() - begin - transfer, transfer)
+
+    def hidden(self, params: Mapping[str, jax.Array], batch: Batch) -> jax.Array:
+        """The trunk's result for one batch, `[rows, length, d]`."""
+        depth = np.int32(self.config.num_layers if batch.depth is None else batch.depth)
+        own = split_params(params, self.config)[0]
+        trunk = self.trunks[batch.bucket]
+        found: jax.Array = trunk(own, batch.tokens, batch.segments, batch.positions, depth)
+        return found
 
     def _answer(
         self,
