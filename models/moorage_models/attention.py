@@ -37,14 +37,14 @@ class Visibility(NamedTuple):
         self, start: Int[Array, ""], size: int, window: Int[Array, ""], length: int
     ) -> Bool[Array, "b q t"]:
         """The mask of queries `start .. start + size`, a sliding window included."""
-        queries = start + jnp.arange(size)[:, None]
-        keys = jnp.arange(length)[None, :]
+        queries = start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        keys = jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
         near = queries - keys < window
         if self.mask is not None:
             return near & jax.lax.dynamic_slice_in_dim(self.mask, start, size, axis=1)
         assert self.segments is not None
-        own = jax.lax.dynamic_slice_in_dim(self.segments, start, size, axis=1)[:, :, None]
-        others = self.segments[:, None, :]
+        own = jax.lax.dynamic_slice_in_dim(self.segments, start, size, axis=1)
+        own, others = jnp.expand_dims(own, 2), jnp.expand_dims(self.segments, 1)
         return near & (keys <= queries) & (own == others) & (others != 0)
 
 
@@ -117,7 +117,7 @@ def _attend(
     rows = q.reshape(batch, kv_heads, groups * block, head_dim)
     scores = contract("bkrh,bkth->bkrt", rows, k, jnp.float32) * config.query_scale
     scores = softcap(scores, config.attn_softcap).reshape(*q.shape[:4], -1)
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    scores = jnp.where(jnp.expand_dims(mask, (1, 2)), scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:3], -1)
     return contract("bkrt,bkth->bkrh", weights, v, q.dtype).reshape(q.shape)
 

@@ -170,7 +170,7 @@ def rotary_turns(
     positions: Int[Array, "b t"], frequencies: Float32[np.ndarray, "kinds half"]
 ) -> tuple[Float32[Array, "kinds b t half"], Float32[Array, "kinds b t half"]]:
     """Cosines and sines of every position's angles, for some sets of frequencies."""
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[:, None, None]
+    angles = jnp.expand_dims(positions.astype(jnp.float32), 2) * frequencies[:, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -180,7 +180,7 @@ def rotate(
     sin: Float32[Array, "b t half"],
 ) -> Float[Array, "b t heads h"]:
     """Turns each pair `(x[i], x[i + h/2])` by its angle, in float32."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = jnp.expand_dims(cos, 2), jnp.expand_dims(sin, 2)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -80,7 +80,7 @@ def scaled_logits(
     name, linear = head_parameter(config), Linear(config, mesh)
     table, cap = params[name], None if config.num_labels else config.final_softcap
     if cap is None:
-        hidden = hidden / temperatures[..., None]
+        hidden = hidden / jnp.expand_dims(temperatures, 2)
     stored = storage_spec(PARAMETERS[name].axes, table.shape, dict(mesh.shape))
     gathered = FSDP in stored[0]
     is_plain = table.dtype == hidden.dtype and not gathered and cap is None
@@ -101,7 +101,7 @@ def scaled_logits(
             block = jax.lax.all_gather(block, FSDP, tiled=True) if gathered else block
             values = contract("scd,vd->scv", hidden, block.astype(jnp.float32), jnp.float32)
             if cap is not None:
-                values = softcap(values, cap) / temperatures[..., None]
+                values = softcap(values, cap) / jnp.expand_dims(temperatures, 2)
             values = values.reshape(*logits.shape[:3], rows)
             return jax.lax.dynamic_update_slice_in_dim(logits, values, start, axis=3)
 

@@ -115,18 +115,18 @@ class Profile:
 
 
 def _of_target(logits: Logits) -> tuple[Array, ...]:
-    return (_of(logits, logits.targets[..., None])[..., 0],)
+    return (jnp.squeeze(_of(logits, jnp.expand_dims(logits.targets, 2)), 2),)
 
 
 def _of(logits: Logits, ids: Int32[Array, "s c n"]) -> Float32[Array, "s c n"]:
     """Log-probabilities of tokens by their ids."""
     chosen = jnp.take_along_axis(logits.values, ids, axis=-1, mode="clip")
-    return chosen - logits.log_sum[..., None]
+    return chosen - jnp.expand_dims(logits.log_sum, 2)
 
 
 def _entropy(logits: Logits) -> tuple[Array, ...]:
     """`log Z - sum p x`, in nats; the exponentials are summed as they come, never held."""
-    weights = jnp.exp(logits.values - logits.log_sum[..., None])
+    weights = jnp.exp(logits.values - jnp.expand_dims(logits.log_sum, 2))
     return (logits.log_sum - jnp.sum(weights * logits.values, axis=-1),)
 
 
@@ -147,7 +147,7 @@ def _top_k(logits: Logits) -> tuple[Array, ...]:
     part = logits.values.shape[-1] // parts
     ids = ids + jnp.repeat(jnp.arange(parts, dtype=jnp.int32) * part, ids.shape[-1] // parts)
     values, order = jax.lax.top_k(values, logits.size)
-    return jnp.take_along_axis(ids, order, axis=-1), values - logits.log_sum[..., None]
+    return jnp.take_along_axis(ids, order, axis=-1), values - jnp.expand_dims(logits.log_sum, 2)
 
 
 def _scalar(config: ModelConfig, size: int) -> tuple[int, ...]:
