@@ -269,3 +269,32 @@ def test_any_order_of_events(events):
         left = [row for rows in one.waiting.values() for row in rows]
         rows = [row for other, row in ran if other is one]
         assert sorted(left + rows) == list(range(len(one.work.rows.lengths)))
+
+
+# The bucket.
+
+
+@pytest.mark.parametrize(
+    ("waiting", "seconds", "wanted"),
+    [
+        (3, {}, 4),  # nothing is known yet
+        (3, {1: 1.0}, 4),  # nor whether the larger one is quicker
+        (3, {1: 1.0, 4: 2.9}, 4),
+        (3, {1: 1.0, 4: 3.1}, 1),
+        (4, {1: 1.0, 4: 3.9}, 4),
+        (9, {1: 1.0, 4: 4.1}, 1),
+        (1, {1: 1.0, 4: 0.1}, 1),  # as it would be without the others
+    ],
+)
+def test_rows_run_in_the_bucket_that_is_quickest_by_what_it_took(
+    waiting: int, seconds: dict[int, float], wanted: int
+):
+    queue = (
+        queue_of(job("a", *[SHORT] * (waiting - 1)), job("b", SHORT))
+        if waiting > 1
+        else (queue_of(job("a", SHORT)))
+    )
+    pick = queue.pick(lambda handle, bucket: seconds.get(bucket.rows) if handle == "m" else None)
+    assert pick
+    assert (pick.bucket, len(pick.pieces)) == (Bucket(128, wanted), min(waiting, wanted))
+    assert queue.tokens == 128 * (waiting - len(pick.pieces))

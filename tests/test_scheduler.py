@@ -39,7 +39,8 @@ def checkpoint():
 def cache_of_one(engine):
     """The part of a cache that a servicer asks for a model; "m" is loaded."""
     cache = mock.create_autospec(ModelCache, instance=True)
-    cache.when_ready.return_value = Model("m", checkpoint(), lambda model: None, State.READY)
+    model = Model("m", checkpoint(), lambda model: None, State.READY, buckets=engine.prove("m"))
+    cache.when_ready.return_value = model
     cache.device_thread = DeviceThread()
     engine.loaded.add("m")
     return cache

@@ -5,12 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moorage_server.engine import Bucket
 from moorage_server.jobs import Job, Shape
 from moorage_server.scoring import Piece, bucket_for
+
+#: How long a model's rows take in a bucket, by its handle; None if that is not known yet.
+Seconds = Callable[[str, Bucket], float | None]
 
 
 @dataclass(eq=False)
@@ -144,14 +147,18 @@ class FairQueue:
             self._left[job.client] = client.served
             del self._clients[job.client]
 
-    def pick(self) -> Pick | None:
-        """Takes out the rows that run next; None if nothing waits."""
+    def pick(self, seconds: Seconds = lambda *_: None) -> Pick | None:
+        """Takes out the rows that run next; None if nothing waits.
+
+        They run in the bucket that gets through the most of what waits in a second. Until each has
+        run that is the smallest that holds them, or the largest there is.
+        """
         client = min(self._clients.values(), key=lambda client: client.served, default=None)
         first = client.first() if client else None
         if client is None or first is None:
             return None
         shape = first.shape(max(first.waiting))
-        most = bucket_for(sys.maxsize, shape[1], first.buckets).rows
+        most = self._quickest(shape, first.buckets, seconds).rows
         jobs, pieces = [], []
         for job in self._turns(shape, client.served + most * shape[1]):
             jobs.append(job)
@@ -163,6 +170,27 @@ class FairQueue:
                 self.remove(job)
         bucket = bucket_for(len(pieces), shape[1], first.buckets)
         return Pick(bucket, tuple(jobs), tuple(pieces))
+
+    def _quickest(self, shape: Shape, buckets: Sequence[Bucket], seconds: Seconds) -> Bucket:
+        handle, length, _ = shape
+        largest = bucket_for(sys.maxsize, length, buckets)
+        waiting = self._waiting(shape, largest.rows)
+        fitting = bucket_for(waiting, length, buckets)
+        rates = {
+            bucket: min(waiting, bucket.rows) / taken
+            for bucket in buckets
+            if bucket.length == length and bucket <= fitting and (taken := seconds(handle, bucket))
+        }
+        return max(rates, key=rates.__getitem__) if fitting in rates else largest
+
+    def _waiting(self, shape: Shape, enough: int) -> int:
+        """How many rows of a shape wait, counted until there are enough."""
+        count = 0
+        for job in (job for client in self._clients.values() for job in client.jobs):
+            if count >= enough:
+                break
+            count += len(job.waiting.get(shape[1], ())) if job.shape(shape[1]) == shape else 0
+        return count
 
     def _turns(self, shape: Shape, limit: float) -> Iterator[Job]:
         """Whose row of a shape is next, again and again; clients wait that were served so much."""

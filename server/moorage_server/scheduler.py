@@ -206,7 +206,7 @@ class Scheduler:
     async def _run(self) -> None:
         """Runs batches until nothing waits."""
         try:
-            while pick := self.queue.pick():
+            while pick := self.queue.pick(self._seconds):
                 await self._run_batch(pick)
         finally:
             self._running = None
@@ -238,6 +238,11 @@ class Scheduler:
             lambda batch, questions: self._engine.forward(handle, batch, questions),
         )
         return time.monotonic() - begin
+
+    def _seconds(self, handle: str, bucket: Bucket) -> float | None:
+        """How long a batch takes, by those before it."""
+        speed = self._speed.get((handle, bucket))
+        return bucket.rows * bucket.length / speed if speed else None
 
     def _note_speed(self, pick: Pick, seconds: float) -> None:
         key, seconds = (pick.jobs[0].model.handle, pick.bucket), max(seconds, 1e-6)
