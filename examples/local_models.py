@@ -24,6 +24,7 @@ from moorage_models.checkpoint import open_checkpoint
 from moorage_models.monitor import LoadMonitor
 from moorage_models.sources import ModelRequest
 from moorage_server.engine import Answers, Batch, Bucket, Question
+from moorage_server.engine.agreement import proven
 from moorage_server.engine.local import LocalEngine
 from moorage_server.engine.outputs import Profile
 from moorage_server.requests import Wanted
@@ -133,7 +134,8 @@ class LocalReference:
         checkpoint = open_checkpoint(request)
         self._config = checkpoint.config
         self._engine.load(_HANDLE, checkpoint, LoadMonitor())
-        self._buckets = self._engine.prove(_HANDLE)
+        served = self._engine.info().buckets_for(checkpoint.config.max_position)
+        self._buckets = proven(served, lambda bucket: self._engine.probe(_HANDLE, bucket))
 
     def forward_async(self, rows: Rows, *, from_position: int) -> Future[Logprobs]:
         """Scores rows, here and now; `moorage.Model.forward_async` says what.

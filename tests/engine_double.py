@@ -77,9 +77,10 @@ class EngineDouble:
         self.loaded.add(handle)
         return dict(BYTES)
 
-    def prove(self, handle: str) -> tuple[Bucket, ...]:
-        self._pass("prove")
-        return self.info().buckets
+    def probe(self, handle: str, bucket: Bucket) -> frozenset[bytes]:
+        assert handle in self.loaded, "freed before it was tried"
+        self._pass("probe")
+        return frozenset([b"the same"])
 
     def unload(self, handle: str) -> dict[int, int]:
         self._pass("unload")

@@ -2,8 +2,8 @@
 
 Through the engine, whose programs are compiled with the options that the promise needs. A bucket's
 rows are counted for each data-parallel device, so another number of devices means the same shape on
-each. Between buckets the bits hold for models of a real width only: for tiny ones the CPU's
-compiler takes other kernels by size.
+each. Between buckets of one length the engine says which agree: for tiny models the CPU's compiler
+takes other kernels by size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.monitor import LoadMonitor
 from moorage_server.engine import Bucket
+from moorage_server.engine.agreement import proven
 from moorage_server.engine.local import LocalEngine
 from moorage_server.engine.outputs import PROFILES, Profile, served
 from moorage_server.requests import Wanted
@@ -95,6 +96,26 @@ def test_whatever_the_neighbours_and_the_devices(
         assert same(scores(engine, checkpoint.config, rows[::-1], buckets)[::-1], wanted), size
         alone = [scores(engine, checkpoint.config, [row], buckets)[0] for row in rows[:3]]
         assert same(alone, wanted[:3]), size
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("name", "dtype", "sizes"),
+    [("qwen3_moe", "float32", (1,)), ("llama3", "float32", (1,)), *SLOW],
+)
+def test_whatever_the_bucket_of_those_that_were_proven(
+    name: str, dtype: str, sizes: tuple[int, ...]
+) -> None:
+    checkpoint = open_folder(GOLDEN / name, dtype, dtype)
+    rows = rows_of(checkpoint.config.vocab_size, (5, 72, 128, 17, 40, 64, 99, 3))
+    for size in sizes:
+        shapes = [Bucket(128, count * size) for count in (1, 2, 4, 8)]
+        engine = serve(checkpoint, size, shapes)
+        buckets = proven(shapes, lambda bucket: engine.probe("model", bucket))  # noqa: B023
+        assert buckets[-1] == shapes[-1]
+        assert buckets == tuple(shapes) or name != "llama3"
+        found = [scores(engine, checkpoint.config, rows, [bucket]) for bucket in buckets]
+        assert all(same(one, found[-1]) for one in found), size
 
 
 @pytest.mark.soak

@@ -32,7 +32,7 @@ from test_scheduler import Wide
 
 SECONDS = 5.0  # of one call, after which it counts as a hang
 ENDLESS = {"WatchModels"}
-SOAK_CASES, SOAK_SECONDS, SOAK_BYTES = 100_000, 900.0, 600 << 20
+SOAK_CASES, SOAK_SECONDS, SOAK_BYTES = 100_000, 1800.0, 600 << 20
 LIGHT = settings(
     deadline=None,
     max_examples=60,
@@ -277,4 +277,5 @@ def test_a_hundred_thousand_cases(made):
         run()
     grown = resident() - before
     print(f"{cases} cases in {time.monotonic() - begin:.0f} s, {grown >> 20} MiB more")
+    assert cases >= SOAK_CASES
     assert grown < SOAK_BYTES

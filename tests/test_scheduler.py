@@ -39,7 +39,7 @@ def checkpoint():
 def cache_of_one(engine):
     """The part of a cache that a servicer asks for a model; "m" is loaded."""
     cache = mock.create_autospec(ModelCache, instance=True)
-    model = Model("m", checkpoint(), lambda model: None, State.READY, buckets=engine.prove("m"))
+    model = Model("m", checkpoint(), lambda model: None, State.READY, buckets=engine.info().buckets)
     cache.when_ready.return_value = model
     cache.device_thread = DeviceThread()
     engine.loaded.add("m")
@@ -395,6 +395,15 @@ async def test_requests_that_run_together_give_what_they_give_alone(made, engine
 
 
 # What is refused before it is taken.
+
+
+@at_a_desk()
+async def test_other_weights_than_expected_are_refused(made, engine):
+    assert await refusal(made.ask([1, 5], expected_weights_version=2)) is (
+        Reason.WEIGHTS_VERSION_MISMATCH
+    )
+    assert engine.count("forward") == 0
+    same(await made.ask([1, 5], expected_weights_version=1), [NAN, -1])
 
 
 @at_a_desk(queue_tokens=8 * 128)

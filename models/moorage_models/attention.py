@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moorage_models.config import ModelConfig
 from moorage_models.ops import Linear, contract, softcap
@@ -73,20 +72,15 @@ def attention(
     # Heads before tokens: else the CPU's compiler transposes the scores, not their operands.
     k, v = (jnp.moveaxis(repeat_heads(x, linear), 1, 2) for x in (k, v))
     q = jnp.transpose(q.reshape(batch, length, k.shape[1], -1, head_dim), (0, 2, 3, 1, 4))
-    block = min(QUERY_BLOCK, length)
-    own_heads = heads // linear.mesh.shape.get(TP, 1) if linear.on_tp("n") else heads
-    ways = linear.ways(batch)
+    block, ways = min(QUERY_BLOCK, length), linear.ways(batch)
+    own_heads = heads // linear.mesh.shape[TP] if linear.on_tp("n") else heads
     rows = _rows_at_a_time(batch // ways, own_heads * block * length)
-
-    def of_rows(x: Array, first: Array) -> Array:
-        """Some rows of each data-parallel device."""
-        by_device = x.reshape(ways, -1, *x.shape[1:])
-        some = jax.lax.dynamic_slice_in_dim(by_device, first, rows, axis=1)
-        return some.reshape(-1, *x.shape[1:])
 
     def one_block(at: tuple[Array, Array]) -> Array:
         first, start = at
-        own_q, own_k, own_v, seen = jax.tree.map(partial(of_rows, first=first), (q, k, v, visible))
+        own_q, own_k, own_v, seen = jax.tree.map(
+            lambda x: _rows_of(x, first, rows, ways), (q, k, v, visible)
+        )
         queries = jax.lax.dynamic_slice_in_dim(own_q, start, block, axis=3)
         mask = seen.block(start, block, window, length)
         return _attend(queries, own_k, own_v, mask, linear.config)
@@ -98,6 +92,13 @@ def attention(
     out = out.reshape(len(firsts), len(starts), ways, rows, *q.shape[1:3], block, head_dim)
     out = jnp.transpose(out, (2, 0, 3, 1, 6, 4, 5, 7))
     return linear.heads(out.reshape(batch, length, heads, head_dim))
+
+
+def _rows_of(x: Shaped[Array, b * rest], first: Int[Array, ""], rows: int, ways: int) -> Array:
+    """Some rows of each of the devices that rows are split over."""
+    by_device = x.reshape(ways, -1, *x.shape[1:])
+    some = jax.lax.dynamic_slice_in_dim(by_device, first, rows, axis=1)
+    return some.reshape(-1, *x.shape[1:])
 
 
 def _rows_at_a_time(rows: int, row_scores: int) -> int:

@@ -150,8 +150,8 @@ class FairQueue:
     def pick(self, seconds: Seconds = lambda *_: None) -> Pick | None:
         """Takes out the rows that run next; None if nothing waits.
 
-        They run in the bucket that gets through the most of what waits in a second. Until each has
-        run that is the smallest that holds them, or the largest there is.
+        They run in the smallest bucket that holds them, or the largest there is; if it is known how
+        long that takes, in the one of those known that gets through the most rows in a second.
         """
         client = min(self._clients.values(), key=lambda client: client.served, default=None)
         first = client.first() if client else None

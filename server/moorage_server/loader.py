@@ -16,6 +16,7 @@ from moorage_server.admission import Admission
 from moorage_server.budget import Budget
 from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Engine
+from moorage_server.engine.agreement import agreeing, disputed
 from moorage_server.errors import ServerError
 from moorage_server.leases import LeaseTable
 from moorage_server.lifecycle import State
@@ -118,13 +119,22 @@ class Loader:
             raise
 
     async def _prove(self, model: Model) -> None:
-        """Finds the shapes in which the model's rows get the same bits."""
+        """Finds the shapes in which the model's rows get the same bits.
+
+        Each shape is tried by itself, so that other models' forward passes run in between.
+        """
+        served = self._engine.info().buckets_for(model.checkpoint.config.max_position)
+        found = {}
         try:
-            model.buckets = await self.device_thread.run(self._engine.prove, model.handle)
+            for bucket in disputed(served):
+                model.monitor.check()
+                found[bucket] = await self.device_thread.run(
+                    self._engine.probe, model.handle, bucket
+                )
+            model.buckets = agreeing(served, found)
         except BaseException:
             await self.device_thread.run(self._engine.unload, model.handle)
             raise
-        served = self._engine.info().buckets_for(model.checkpoint.config.max_position)
         if left_out := [f"{b.rows}x{b.length}" for b in served if b not in model.buckets]:
             text = "model %s does not run in %s: rows would get other bits than in larger shapes"
             _log.info(text, model.handle, ", ".join(left_out))

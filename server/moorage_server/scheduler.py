@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ QUEUE_TOKENS = 1 << 20
 #: How many bytes the requests may take that somebody waits for, with their answers.
 ANSWER_BYTES = 4 << 30
 
+_FRESH_SECONDS = 30.0  # for which what was measured decides in which bucket rows run
 _SMOOTHING = 0.2  # weight of the latest batch in what is measured
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _UNKNOWN_SECONDS = 0.1, 60.0, 1.0
 
@@ -69,6 +71,7 @@ class Scheduler:
         self._answer_bytes = answer_bytes
         self._nbytes = 0  # of those that somebody waits for
         self._speed: dict[tuple[str, Bucket], float] = {}  # tokens a second, of full batches
+        self._measured: dict[tuple[str, Bucket], float] = {}  # when each of them was last
         self._pace = 0.0  # tokens a second, of the batches as they were
         self._running: asyncio.Task[None] | None = None
         self.queue = FairQueue(queue_tokens)
@@ -240,14 +243,20 @@ class Scheduler:
         return time.monotonic() - begin
 
     def _seconds(self, handle: str, bucket: Bucket) -> float | None:
-        """How long a batch takes, by those before it."""
-        speed = self._speed.get((handle, bucket))
-        return bucket.rows * bucket.length / speed if speed else None
+        """How long a batch takes, by the latest before it; None if that is too long ago.
+
+        So one that was slow by chance counts for a while, and is tried again.
+        """
+        measured = self._measured.get((handle, bucket), -math.inf)
+        if self._now() - measured > _FRESH_SECONDS:
+            return None
+        return bucket.rows * bucket.length / self._speed[handle, bucket]
 
     def _note_speed(self, pick: Pick, seconds: float) -> None:
         key, seconds = (pick.jobs[0].model.handle, pick.bucket), max(seconds, 1e-6)
         full = pick.bucket.rows * pick.bucket.length / seconds
         self._speed[key] = _smoothed(self._speed.get(key), full)
+        self._measured[key] = self._now()
         self._pace = _smoothed(self._pace or None, pick.tokens / seconds)
 
 

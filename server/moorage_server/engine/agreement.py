@@ -7,49 +7,68 @@ from its own length alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
+from moorage_models.errors import ModelError, Reason
 from moorage_server.engine.api import Batch, Bucket
 
-#: From a batch to its hidden states.
-Trunk = Callable[[Batch], Float32[np.ndarray, "rows length d"]]
+#: Digests of what one row gave at some places of a batch.
+Digests = frozenset[bytes]
 
 
-def agreeing(buckets: Iterable[Bucket], vocabulary: int, trunk: Trunk) -> Iterator[Bucket]:
-    """Those of some buckets in which any row gets the bits that it gets in the largest.
+def disputed(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Those of some buckets that share their length with others."""
+    found = sorted(buckets)
+    lengths = [bucket.length for bucket in found]
+    return [bucket for bucket in found if lengths.count(bucket.length) > 1]
+
+
+def probe(bucket: Bucket, vocabulary: int) -> Batch:
+    """A batch whose first and last rows are the same in all batches of its length.
+
+    The others are random, and end somewhere in their second half.
+    """
+    length, rng = bucket.length, np.random.default_rng(bucket.length)
+    tokens: Int32[np.ndarray, " length"] = rng.integers(0, vocabulary, length, np.int32)
+    rows = rng.integers(0, vocabulary, (bucket.rows, length), np.int32)
+    segments = np.arange(length) < rng.integers(length // 2, length + 1, (bucket.rows, 1))
+    rows[0], rows[-1] = tokens, tokens
+    segments[0], segments[-1] = True, True
+    positions = np.tile(np.arange(length, dtype=np.int32), (bucket.rows, 1))
+    return Batch(rows, segments.astype(np.int32), positions)
+
+
+def agreeing(buckets: Iterable[Bucket], found: Mapping[Bucket, Digests]) -> tuple[Bucket, ...]:
+    """Those of some buckets in which a row gets the bits that it gets in the largest.
 
     Args:
-        buckets: The buckets. Those that are alone with their length are not tried.
-        vocabulary: How many tokens there are.
-        trunk: Runs a batch.
+        buckets: The buckets.
+        found: What the probes of the disputed ones gave.
 
-    Yields:
+    Returns:
         The buckets to use, shortest first.
+
+    Raises:
+        ModelError: CHECKPOINT_UNSUPPORTED if a row's bits depend on its place or its neighbours.
     """
-    for length, group in groupby(sorted(buckets), key=attrgetter("length")):
-        *smaller, largest = group
-        tokens = np.random.default_rng(length).integers(0, vocabulary, length, np.int32)
-        wanted = trunk(_filled(largest, tokens))[0] if smaller else None
-        yield from (
-            bucket
-            for bucket in smaller
-            if all(same(row, wanted) for row in trunk(_filled(bucket, tokens)))
-        )
-        yield largest
+    largest = {bucket.length: bucket for bucket in sorted(buckets)}
+    for bucket in largest.values():
+        if len(found.get(bucket, ())) > 1:
+            raise ModelError(
+                Reason.CHECKPOINT_UNSUPPORTED,
+                f"in {bucket.rows} rows of {bucket.length} tokens this model gives a row other "
+                "numbers at another place; serve it with other buckets",
+            )
+    return tuple(
+        bucket
+        for bucket in sorted(buckets)
+        if found.get(bucket) == found.get(largest[bucket.length])
+    )
 
 
-def same(one: np.ndarray, other: np.ndarray | None) -> bool:
-    """Whether two arrays have the same bits."""
-    return other is not None and one.tobytes() == other.tobytes()
-
-
-def _filled(bucket: Bucket, tokens: Int32[np.ndarray, " length"]) -> Batch:
-    """A batch of the same row again and again, without padding."""
-    rows = np.tile(tokens, (bucket.rows, 1))
-    positions = np.tile(np.arange(bucket.length, dtype=np.int32), (bucket.rows, 1))
-    return Batch(rows, np.ones_like(rows), positions)
+def proven(buckets: Collection[Bucket], run: Callable[[Bucket], Digests]) -> tuple[Bucket, ...]:
+    """Those of some buckets that agree, tried one after another; see `agreeing`."""
+    return agreeing(buckets, {bucket: run(bucket) for bucket in disputed(buckets)})

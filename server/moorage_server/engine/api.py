@@ -176,11 +176,12 @@ class Engine(Protocol):
         """
         ...
 
-    def prove(self, handle: str) -> tuple[Bucket, ...]:
-        """Runs a loaded model to see in which shapes a row gets the same bits.
+    def probe(self, handle: str, bucket: Bucket) -> frozenset[bytes]:
+        """Runs a loaded model in one shape, to see what a row gives.
 
         Returns:
-            The buckets to run it in, shortest first.
+            Digests of the row's hidden states, wherever in the batch it was; see
+            `moorage_server.engine.agreement`.
         """
         ...
 

@@ -93,7 +93,7 @@ def scaled_logits(
         table: Float[Array, "o d"],
     ) -> Float32[Array, "s c v"]:
         count, ways = len(table), mesh.shape[FSDP] if gathered else 1
-        rows = min(block_rows(count * ways, config.embed_dim) // ways, count)
+        rows = min(max(1, block_rows(count * ways, config.embed_dim) // ways), count)
 
         def add_block(i: Array, logits: Array) -> Array:
             start = jnp.minimum(i * rows, count - rows)  # the last begins early, to be as large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -23,7 +24,7 @@ from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
 from moorage_models.ring import WINDOW_BYTES
-from moorage_server.engine.agreement import agreeing
+from moorage_server.engine.agreement import probe
 from moorage_server.engine.api import (
     Answers,
     Batch,
@@ -138,17 +139,14 @@ class LocalEngine:
             pool.shutdown(wait=False, cancel_futures=True)
         return _device_bytes(params.values())
 
-    def prove(self, handle: str) -> tuple[Bucket, ...]:
-        """Runs a loaded model to see in which shapes a row gets the same bits."""
+    def probe(self, handle: str, bucket: Bucket) -> frozenset[bytes]:
+        """Runs a loaded model in one shape, to see what a row gives."""
         model = self._models[handle]
-        programs, vocabulary = model.programs, model.programs.config.vocab_size
-        return tuple(
-            agreeing(
-                programs.trunks,
-                vocabulary,
-                lambda batch: np.asarray(programs.hidden(model.params, batch)),
-            )
-        )
+        batch = probe(bucket, model.programs.config.vocab_size)
+        hidden = model.programs.hidden(model.params, batch)
+        shards = sorted(hidden.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        rows = np.asarray(shards[0].data)[0], np.asarray(shards[-1].data)[-1]
+        return frozenset(hashlib.sha256(row.tobytes()).digest() for row in rows)
 
     def unload(self, handle: str) -> dict[int, int]:
         """Frees a model's arrays, and counts those that are gone."""
