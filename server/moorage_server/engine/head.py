@@ -73,19 +73,19 @@ def scaled_logits(
 ) -> Float32[Array, "s c v"]:
     """Logits divided by a temperature, or a reward model's scores, in one buffer.
 
-    Each tensor-parallel device makes those of its own rows of the table, in float32. A table that
-    has to be cast, gathered or capped is gone through in blocks: no program holds another copy of
-    it. Without a cap the hidden states are divided.
+    Each tensor-parallel device makes those of its own rows of the table, in float32 and in blocks,
+    which are gathered and cast: no program holds another copy of the table, and the products have
+    the same shape on any number of data-parallel devices, whose bits would differ else. Without a
+    cap the hidden states are divided.
     """
     name, linear = head_parameter(config), Linear(config, mesh)
     table, cap = params[name], None if config.num_labels else config.final_softcap
     if cap is None:
         hidden = hidden / jnp.expand_dims(temperatures, 2)
+    if config.num_labels:
+        return linear.project(hidden, name, table)
     stored = storage_spec(PARAMETERS[name].axes, table.shape, dict(mesh.shape))
     gathered = FSDP in stored[0]
-    is_plain = table.dtype == hidden.dtype and not gathered and cap is None
-    if is_plain or config.num_labels:
-        return linear.project(hidden, name, table)
 
     def own(
         hidden: Float32[Array, "s c d"],
