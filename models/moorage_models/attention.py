@@ -94,7 +94,7 @@ def attention(
     return linear.heads(out.reshape(batch, length, heads, head_dim))
 
 
-def _rows_of(x: Shaped[Array, b * rest], first: Int[Array, ""], rows: int, ways: int) -> Array:
+def _rows_of(x: Array, first: Int[Array, ""], rows: int, ways: int) -> Array:
     """Some rows of each of the devices that rows are split over."""
     by_device = x.reshape(ways, -1, *x.shape[1:])
     some = jax.lax.dynamic_slice_in_dim(by_device, first, rows, axis=1)
