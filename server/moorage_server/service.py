@@ -260,7 +260,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
     ) -> AsyncIterator[pb.ForwardResponse]:
         """Takes a request, or finds it again, and streams its answer."""
         self._draining.check()
-        fingerprint = answering.fingerprint(request)
+        fingerprint = answering.fingerprint(request) if request.request_id else b""
         job = self._scheduler.find(request.request_id, fingerprint)
         if job is None:
             model = await self._cache.when_ready(request.handle)
