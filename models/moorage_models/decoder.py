@@ -83,7 +83,7 @@ def trunk(
 
     def body(x: Array, layer: tuple[Params, Params]) -> tuple[Array, None]:
         weights, kind = layer
-        own = (jax.lax.dynamic_index_in_dim(x, kind["rotary"], keepdims=False) for x in turns)
+        own = (jax.lax.dynamic_index_in_dim(turn, kind["rotary"], keepdims=False) for turn in turns)
         y = _layer(x, weights, kind["window"], tuple(own), visible, linear)
         return (y if depth is None else jnp.where(kind["index"] < depth, y, x)), None
 

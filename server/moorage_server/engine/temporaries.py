@@ -158,8 +158,8 @@ def _head(
     found = max((profile.size for profile in profiles), default=0) * mesh.get(TP, 1)
     whole = mesh.get(FSDP, 1) * (3 * result + 2)  # gathered, returned, and still held from before
     split = 2 * outputs + 3 * config.embed_dim + 4 * min(found, outputs)
-    own = outputs // mesh.get(TP, 1)
-    block = 3 * config.embed_dim * min(block_rows(own, config.embed_dim), outputs)
+    rows = block_rows(_own("v", config, mesh), config.embed_dim)
+    block = 3 * config.embed_dim * min(rows, outputs)
     return block + CHUNK * (whole + split)
 
 
