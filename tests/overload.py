@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import numpy as np
@@ -86,7 +86,7 @@ def flood(load: Load, rate: float, seconds: float) -> Told:
     """Sends requests at a rate, whatever becomes of them; nothing is sent twice."""
 
     async def run() -> Told:
-        counts: Counter[str] = Counter()
+        ended: list[str | grpc.aio.AioRpcError] = []
         channels = [
             grpc.aio.insecure_channel(load.address, options=_LOCAL) for _ in range(CONNECTIONS)
         ]
@@ -96,28 +96,32 @@ def flood(load: Load, rate: float, seconds: float) -> Told:
         for number in range(int(rate * seconds)):
             await asyncio.sleep(begin + number / rate - time.monotonic())
             stub = stubs[number % CONNECTIONS]
-            calls.append(asyncio.create_task(_ask(stub, request, counts)))
-        in_time, taken = counts["answered"], time.monotonic() - begin
+            calls.append(asyncio.create_task(_ask(stub, request, ended)))
+        in_time, taken = ended.count("answered"), time.monotonic() - begin
         await asyncio.gather(*calls)
         await asyncio.gather(*(channel.close() for channel in channels))
-        return Told(in_time / taken, counts)
+        return Told(in_time / taken, Counter(map(_told, ended)))
 
     return asyncio.run(run())
 
 
-async def _ask(forward, request: bytes, counts: Counter[str]) -> None:
+async def _ask(forward, request: bytes, ended: list[str | grpc.aio.AioRpcError]) -> None:
+    """Asks once; what a refusal says is read when the server has nothing to do any more."""
     received = 0
     try:
         async for part in forward(request):
             received += len(part.chunk.data)
     except grpc.aio.AioRpcError as error:
-        counts[_told(rpc_status.from_call(error))] += 1
+        ended.append(error)
     else:
         assert received > 0
-        counts["answered"] += 1
+        ended.append("answered")
 
 
-def _told(status) -> str:
+def _told(end: str | grpc.aio.AioRpcError) -> str:
+    if isinstance(end, str):
+        return end
+    status = rpc_status.from_call(end)
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     status.details[0].Unpack(info)
     soon = len(status.details) == 2 and status.details[1].Unpack(retry)
@@ -137,17 +141,7 @@ def finish_all(load: Load, requests: int) -> int:
     return asyncio.run(run())
 
 
-def sized(load: Load, seconds: float = 0.06) -> Load:
-    """The same with as many rows as take so long; a first request is not counted."""
-
-    def took(load: Load) -> float:
-        begin = time.monotonic()
-        with moorage.connect(load.address) as client:
-            client.models()
-            client.forward(load.handle, load.token_ids())
-        return time.monotonic() - begin
-
-    took(load)
-    while min(took(load) for _ in range(3)) < seconds:
-        load = Load(load.address, load.handle, load.rows * 5 // 4 + 8)
-    return load
+def sized(load: Load, rate: float = 14.0) -> Load:
+    """The same with as many rows as let the server do about so many of it a second."""
+    keep_busy(load, 4, 2.0)
+    return replace(load, rows=round(load.rows * keep_busy(load, 4, 4.0) / rate))

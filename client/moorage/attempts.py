@@ -22,7 +22,7 @@ DAMAGES = 3
 JITTER = 0.2
 """By how much of itself a pause that the server asks for is lengthened at the most."""
 
-BUSY = frozenset({"QUEUE_FULL", "SERVER_DRAINING"})
+BUSY = frozenset({"QUEUE_FULL", "LIMIT_EXCEEDED", "SERVER_DRAINING"})
 """The reasons after which a request is sent again, once the server has said when."""
 
 

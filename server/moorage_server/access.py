@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class Access:
         return self.caller(str(metadata.get("authorization", "")), context.peer())
 
 
+@cache
 def role_for(method: str) -> Role:
     """The role that a method wants."""
     return METHODS[max(filter(method.startswith, METHODS), key=len)]

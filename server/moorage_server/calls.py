@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import uuid
+import secrets
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from moorage_server.access import Caller, Role
 
 _ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_NEW = map("{}-{:x}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Call:
     def of(cls, method: str, context: Any) -> Call:
         """A call that comes in, with the id that it brings, or a new one."""
         given = str(dict(context.invocation_metadata() or ()).get("x-request-id", ""))
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex[:16]
+        request_id = given if _ID.fullmatch(given) else next(_NEW)
         return cls(method.rpartition("/")[2], request_id, Caller(context.peer(), Role.SCORE))
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from moorage_server.access import Access, role_for
@@ -19,12 +19,10 @@ from moorage_server.activity import Activity
 from moorage_server.calls import CURRENT, Call
 from moorage_server.errors import Reason, ServerError
 from moorage_server.limits import Gate
-from moorage_server.status import status_of
+from moorage_server.status import CODES, reason_of, status_of
 
 Behaviour: TypeAlias = Callable[..., Any]
 Parse: TypeAlias = Callable[[Any], Any]
-
-_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 _log = logging.getLogger(__name__)
 
@@ -36,20 +34,24 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._access = access
         self._gate = gate
         self._activity = activity
+        self._handlers: dict[str, Any] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wraps one handler.
-
-        Requests are parsed in here, so that a malformed one is answered as any other error is.
-        """
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
+        """The wrapped handler of a method; None for one that there is not."""
         method: str = handler_call_details.method
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._wrapped(method, handler)
+        return self._handlers[method]
+
+    def _wrapped(self, method: str, handler: Any) -> Any:
+        """Wraps a handler; requests are parsed in here, so that bad ones are answered as others."""
         parse, codec = handler.request_deserializer, (None, handler.response_serializer)
         if handler.request_streaming:  # reflection, whose requests gRPC parses
             stream = self._stream(method, handler.stream_stream, lambda requests: requests)
@@ -122,12 +124,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._activity.end_call(call, code, time.monotonic() - begin)
 
     def _refused(self, call: Call, error: Exception) -> status_pb2.Status:
-        status = status_of(error, call.request_id)
-        info = error_details_pb2.ErrorInfo()
-        status.details[0].Unpack(info)
-        self._activity.refuse(call, info.reason, status.message)
-        text, seen = "%s of %s: %s: %s", (call.method, call.caller.name, info.reason, error)
-        if info.reason == Reason.INTERNAL:
+        status, reason = status_of(error, call.request_id), reason_of(error)
+        self._activity.refuse(call, reason, status.message)
+        text, seen = "%s of %s: %s: %s", (call.method, call.caller.name, reason, error)
+        if reason == Reason.INTERNAL:
             _log.error(text, *seen, exc_info=error)
         else:
             _log.info(text, *seen)
@@ -140,7 +140,7 @@ def _code_of(error: BaseException) -> str:
         return grpc.StatusCode.NOT_FOUND.name
     if not isinstance(error, Exception):  # its caller has left
         return grpc.StatusCode.CANCELLED.name
-    return _CODE_NAMES[status_of(error, "").code]
+    return CODES[reason_of(error)].name
 
 
 def _parsed(parse: Parse, data: Any) -> Any:

@@ -40,6 +40,9 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
     # Clients ping through long silences: a load may be quiet, a forward pass long.
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    # gRPC cancels calls, and gives no reason, of which more wait than this; its own is 1,000.
+    ("grpc.server.max_pending_requests", 1 << 14),
+    ("grpc.server.max_pending_requests_hard_limit", 1 << 14),
 ]
 _POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 1.0  # for the calls that are left: watches, loads

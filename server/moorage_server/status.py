@@ -54,28 +54,31 @@ CODES: dict[str, grpc.StatusCode] = {
 }
 
 
+def reason_of(error: Exception) -> str:
+    """The reason on the wire of what was raised: an exception that is not ours is a bug."""
+    return str(error.reason) if isinstance(error, ModelError | ServerError) else "INTERNAL"
+
+
 def status_of(error: Exception, request_id: str) -> status_pb2.Status:
     """The status that tells a caller what went wrong.
 
-    An exception that is not ours is a bug: the caller gets the id to find it by in the log, and
-    nothing else.
+    Of a bug the caller gets the id to find it by in the log, and nothing else.
 
     Args:
         error: What was raised.
         request_id: The request's id in the log.
     """
+    reason, metadata = reason_of(error), {"request_id": request_id}
     if isinstance(error, ModelError | ServerError):
-        reason, message, metadata = str(error.reason), error.message, error.details
+        message, metadata = error.message, error.details | metadata
     else:
-        reason, metadata = "INTERNAL", {}
         message = f"a bug in the server; its log has the details under {request_id}"
-    metadata = {**metadata, "request_id": request_id}
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
     ]
     if isinstance(error, ServerError) and error.retry_after is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after)))
-    code = CODES[reason].value[0]
+    code: int = CODES[reason].value[0]
     return status_pb2.Status(code=code, message=_short(message), details=map(_packed, details))
 
 
