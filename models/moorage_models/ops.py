@@ -149,11 +149,12 @@ def rotary_frequencies(
 ) -> Float32[np.ndarray, " half"]:
     """Rotary angular frequencies, in radians a position (Su et al. 2021).
 
-    Computed in float32, as the reference implementations do. `llama3` scaling follows the
-    reference code published with Llama 3.1.
+    Computed in float32, as the reference implementations do, but for the power: that of float32
+    is off by what the host's processor makes of it. `llama3` scaling follows the reference code
+    published with Llama 3.1.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies: np.ndarray = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    powers = np.float64(theta) ** (np.arange(0, head_dim, 2) / head_dim)
+    frequencies: np.ndarray = np.float32(1.0) / powers.astype(np.float32)
     if scaling is None:
         return frequencies
     slow = frequencies / np.float32(scaling.factor)
