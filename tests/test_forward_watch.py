@@ -226,6 +226,11 @@ def test_a_chunk_needs_the_header_of_its_own_call():
         watch.see(second)
 
 
+def test_a_call_that_grpc_cancels_is_made_again():
+    """So it does with what a server that stops has not taken yet; the server says no reason."""
+    assert watching(answered=True).pause(moorage.Cancelled("CANCELLED")) == 0.25
+
+
 def test_pauses_grow_until_the_server_answers_again():
     watch = watching(answered=True)
     assert [watch.pause(BROKEN) for _ in range(7)] == [0.25, 0.5, 1, 2, 4, 5, 5]
@@ -286,7 +291,7 @@ def test_a_busy_server_has_answered(error):
         moorage.ResourceExhausted("full", reason="DEVICE_BUDGET_EXCEEDED", retry_after=1.0),
         moorage.DeadlineExceeded("late", reason="DEADLINE_TOO_SHORT"),
         moorage.DeadlineExceeded("late"),
-        moorage.Cancelled("cancelled"),
+        moorage.Cancelled("cancelled", reason="LOAD_CANCELLED"),
         moorage.InternalError("bug", code=grpc.StatusCode.UNKNOWN),
         moorage.NotFound("gone", reason="MODEL_NOT_LOADED"),
     ],

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from moorage.assembly import Assembly
-from moorage.errors import DataLoss, Error
+from moorage.errors import Cancelled, DataLoss, Error, Unavailable
 from moorage.scores import Scores
 from moorage.transport import Resumption
 from moorage.v1 import moorage_pb2 as pb
@@ -51,7 +51,9 @@ class ForwardWatch:
         self._deadline = deadline
         self._now = now
         self._chance = chance
-        self._resumption = Resumption(math.inf, now, PATIENCE, answered)
+        # gRPC cancels what a server that stops has not taken yet. Whoever cancels a pass ends it.
+        broken = (Unavailable, Cancelled)
+        self._resumption = Resumption(math.inf, now, PATIENCE, answered, broken)
         self._damages_left = DAMAGES
 
     @property

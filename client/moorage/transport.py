@@ -118,6 +118,7 @@ class Resumption:
         now: A clock in seconds that does not go back.
         patience: Seconds since the connection broke in which the call is made again.
         answered: Whether the server is known to have answered before.
+        broken: What says, with no reason of the server, that the connection broke.
     """
 
     def __init__(
@@ -126,11 +127,13 @@ class Resumption:
         now: Callable[[], float],
         patience: float = PATIENCE,
         answered: bool = False,
+        broken: tuple[type[Error], ...] = (Unavailable,),
     ) -> None:
         self._breaks_left = breaks
         self._now = now
         self._patience = patience
         self._answered = answered
+        self._broken = broken
         self._broke: float | None = None
         self._next = FIRST_PAUSE
 
@@ -152,7 +155,7 @@ class Resumption:
                 often or too long ago.
         """
         draining = error.reason == "SERVER_DRAINING" and error.retry_after is not None
-        broken = draining or (isinstance(error, Unavailable) and not error.reason)
+        broken = draining or (isinstance(error, self._broken) and not error.reason)
         self._answered = self._answered or draining
         if self._broke is None:
             self._broke = self._now()
