@@ -249,5 +249,6 @@ def test_tunix_learns_the_same(
     assert done.returncode == 0, done.stderr
     remote, local = (floats(line) for line in done.stdout.splitlines())
     assert len(remote) == 3
-    np.testing.assert_allclose(remote, local, rtol=0, atol=1e-8)
+    # The loss adds up advantages of about one in float32, whose last bit is 1.2e-7.
+    np.testing.assert_allclose(remote, local, rtol=0, atol=1e-7)
     assert client.model(reference.handle).forward_count == 3
