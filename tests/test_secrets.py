@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -131,8 +136,31 @@ def listening(process: int) -> set[str]:
     return found
 
 
-def test_a_default_start_listens_on_loopback_only(server: ServerProcess) -> None:
-    assert listening(server.process.pid) == {"127.0.0.1"}
+@contextmanager
+def default_start(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that is told nothing, once no other has its port."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "MOORAGE_CACHE": str(log.parent)}
+    command = [sys.executable, "-m", "moorage_server.main"]
+    for _ in range(20):
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        while process.poll() is None and "serving on" not in log.read_text():
+            time.sleep(0.05)
+        if process.poll() is None:
+            break
+        assert "is it in use?" in log.read_text()
+        time.sleep(1)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_default_start_listens_on_loopback_only(tmp_path: Path) -> None:
+    with default_start(tmp_path / "log") as process:
+        assert listening(process.pid) == {"127.0.0.1"}
 
 
 def test_a_model_with_the_token_for_its_name_is_no_way_to_see_it(server: ServerProcess) -> None:

@@ -234,7 +234,7 @@ def test_the_document_runs(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
 def test_tunix_learns_the_same(
     server: Server, client: moorage.Client, reference: moorage.Model
 ) -> None:
-    """Tunix's model is another program than ours: the loss is near, not the same."""
+    """Over a kill, too. Tunix's model is another program than ours, so the loss is near."""
     python = os.environ.get("MOORAGE_TUNIX_PYTHON")
     if not python:
         pytest.skip("MOORAGE_TUNIX_PYTHON names no Python with google-tunix and the moorage client")
@@ -245,10 +245,17 @@ def test_tunix_learns_the_same(
     if imports.returncode:
         pytest.skip(f"{python} cannot import both: {imports.stderr.splitlines()[-1]}")
     example = [python, str(ROOT / "examples" / "grpo_tunix.py"), str(POLICY), "--compare"]
-    done = run([*example, "--server", server.address])
+    before = client.model(reference.handle).forward_count
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, [*example, "--server", server.address])
+        while not running.done() and client.model(reference.handle).forward_count == before:
+            time.sleep(0.01)
+        server.now.kill()
+        server.start()
+        done = running.result()
     assert done.returncode == 0, done.stderr
     remote, local = (floats(line) for line in done.stdout.splitlines())
     assert len(remote) == 3
     # The loss adds up advantages of about one in float32, whose last bit is 1.2e-7.
     np.testing.assert_allclose(remote, local, rtol=0, atol=1e-7)
-    assert client.model(reference.handle).forward_count == 3
+    assert 1 <= client.model(reference.handle).forward_count <= 3
