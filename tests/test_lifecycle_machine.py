@@ -172,7 +172,8 @@ class Lifecycle(RuleBasedStateMachine):
         answers = service.Forward(message, CONTEXT)
         found: object = None
         try:
-            found = [part.WhichOneof("part") async for part in answers]
+            parts = [part.WhichOneof("part") async for part in answers]
+            found = [part for part in parts if part != "progress"]  # if time passed meanwhile
         except ServerError as error:
             found = error.reason
         if awaited:  # then it has waited
