@@ -13,6 +13,7 @@ from checkpoints import GOLDEN, mesh_of, open_folder
 from engine_double import BUCKETS as BUCKETS_OF_DOUBLE
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
+from moorage_server.convert import to_model
 from moorage_server.engine import Bucket
 from moorage_server.engine.agreement import Digests, agreeing, disputed, probe, proven
 from moorage_server.engine.local import LocalEngine
@@ -92,6 +93,8 @@ async def test_a_model_runs_in_what_was_proven_and_the_log_says_so(cache, engine
         model = await load(cache)
     assert model.buckets == (Bucket(128, 4),)  # its context is 128
     assert said == [(model.handle, "1x128")]
+    message = to_model(cache.snapshot(model), 0.0)
+    assert [(bucket.rows, bucket.length) for bucket in message.buckets] == [(4, 128)]
     assert await forward(cache, engine, model)
 
 

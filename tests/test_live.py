@@ -63,6 +63,7 @@ READY = Model(
     running_count=3,
     reserved_bytes=3 * GIB,
     requested_by="",
+    buckets=((1, 128),),
     client=None,
 )
 LOADING = replace(

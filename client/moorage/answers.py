@@ -160,6 +160,7 @@ class Model(Generic[T_co]):
         running_count: Forward passes that run or wait.
         reserved_bytes: What is reserved for it on each device.
         requested_by: Who asked for it first: the name of a token, or a connection.
+        buckets: The shapes (rows, length) that it runs in, once they were tried.
     """
 
     handle: str
@@ -186,6 +187,7 @@ class Model(Generic[T_co]):
     running_count: int
     reserved_bytes: int
     requested_by: str
+    buckets: tuple[tuple[int, int], ...]
     client: Scorer[T_co] = field(repr=False, compare=False)
 
     @property

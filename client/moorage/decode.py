@@ -111,6 +111,7 @@ def model(message: pb.Model, client: Scorer[T_co]) -> Model[T_co]:
         running_count=message.running_count,
         reserved_bytes=message.reserved_bytes,
         requested_by=message.client,
+        buckets=_buckets(message.buckets),
         client=client,
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from moorage.v1 import moorage_pb2 as pb
 from moorage_server import __version__
-from moorage_server.convert import duration
+from moorage_server.convert import duration, to_buckets
 from moorage_server.engine import EngineInfo
 from moorage_server.errors import Reason, ServerError
 from moorage_server.jobs import Job
@@ -85,7 +85,7 @@ def header(job: Job, info: EngineInfo) -> pb.ForwardHeader:
         weights_digest=job.model.weights_digest,
         weights_version=WEIGHTS_VERSION,
         mesh=[pb.MeshAxis(name=name, size=size) for name, size in info.mesh.items()],
-        buckets=[pb.Bucket(rows=b.rows, length=b.length) for b in sorted(work.buckets)],
+        buckets=to_buckets(work.buckets),
         pad_time=duration(timings.pad),
         transfer_time=duration(timings.transfer),
         request_id=job.request_id,

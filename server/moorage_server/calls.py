@@ -12,7 +12,7 @@ from typing import Any
 from moorage_server.access import Caller, Role
 
 _ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-_NEW = map("{}-{:x}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
+_NEW = map("{}{:08x}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -21,6 +21,7 @@ from moorage_models.plan import Plan
 from moorage_models.sources import ModelRequest, ModelSource
 from moorage_models.tokenizer_facts import TokenizerFacts
 from moorage_server.activity import Refusal
+from moorage_server.engine import Bucket
 from moorage_server.leases import Lease
 from moorage_server.lifecycle import State
 from moorage_server.model import Model, Snapshot
@@ -150,12 +151,18 @@ def to_model(snapshot: Snapshot, now: float) -> pb.Model:
         reserved_bytes=snapshot.reserved,
         weights_digest=model.weights_digest,
         client=model.client,
+        buckets=to_buckets(model.buckets),
     )
     if model.last_use:
         message.last_use_time.CopyFrom(timestamp(model.last_use))
     if model.state in (State.QUEUED, State.LOADING):
         message.progress.CopyFrom(to_progress(model))
     return message
+
+
+def to_buckets(buckets: Iterable[Bucket]) -> list[pb.Bucket]:
+    """Compiled shapes, the shortest first."""
+    return [pb.Bucket(rows=bucket.rows, length=bucket.length) for bucket in sorted(buckets)]
 
 
 def to_layout(plan: Plan[Any], mesh: Mapping[str, int]) -> list[pb.ParameterLayout]:

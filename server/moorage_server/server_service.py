@@ -52,7 +52,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
             platform=info.platform,
             devices=self._devices(),
             mesh=[pb.MeshAxis(name=name, size=size) for name, size in info.mesh.items()],
-            buckets=[pb.Bucket(rows=b.rows, length=b.length) for b in info.buckets],
+            buckets=convert.to_buckets(info.buckets),
             limits=self._limits(),
             sources=[convert.source_name(source) for source in sources],
             outputs=[name for name in OUTPUTS if any(name in p.outputs for p in info.profiles)],

@@ -347,7 +347,7 @@ class LoadProgress(_message.Message):
     def __init__(self, state: _Optional[_Union[ModelState, str]] = ..., stages: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., waiters: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes", "weights_digest", "client")
+    __slots__ = ("handle", "state", "name", "spec", "revision", "path", "config", "dtype", "compute_dtype", "device_bytes", "load_time", "load_duration", "last_use_time", "forward_count", "token_count", "progress", "preset_differences", "tokenizer", "leases", "history", "running_count", "reserved_bytes", "weights_digest", "client", "buckets")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +372,7 @@ class Model(_message.Message):
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
     handle: str
     state: ModelState
     name: ModelName
@@ -396,7 +397,8 @@ class Model(_message.Message):
     reserved_bytes: int
     weights_digest: str
     client: str
-    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., weights_digest: _Optional[str] = ..., client: _Optional[str] = ...) -> None: ...
+    buckets: _containers.RepeatedCompositeFieldContainer[Bucket]
+    def __init__(self, handle: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., name: _Optional[_Union[ModelName, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., config: _Optional[_Union[ConfigSummary, _Mapping]] = ..., dtype: _Optional[str] = ..., compute_dtype: _Optional[str] = ..., device_bytes: _Optional[_Iterable[_Union[DeviceBytes, _Mapping]]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., forward_count: _Optional[int] = ..., token_count: _Optional[int] = ..., progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., preset_differences: _Optional[_Iterable[str]] = ..., tokenizer: _Optional[_Union[TokenizerFacts, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[StateChange, _Mapping]]] = ..., running_count: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., weights_digest: _Optional[str] = ..., client: _Optional[str] = ..., buckets: _Optional[_Iterable[_Union[Bucket, _Mapping]]] = ...) -> None: ...
 
 class ParameterLayout(_message.Message):
     __slots__ = ("name", "shape", "dtype", "axes")
