@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +10,14 @@ from contextlib import contextmanager
 from moorage_server.activity import Activity
 from moorage_server.answers import RETENTION_SECONDS, AnswerTable
 from moorage_server.device_thread import DeviceThread
-from moorage_server.engine import Bucket, Engine
+from moorage_server.engine import Engine
 from moorage_server.errors import Reason, ServerError
 from moorage_server.fair_queue import FairQueue, Pick
 from moorage_server.jobs import Job
 from moorage_server.lifecycle import State
 from moorage_server.limits import Limits
 from moorage_server.scoring import run_batch
+from moorage_server.speeds import Speeds
 from moorage_server.tasks import start
 
 #: How many tokens may wait, padding included.
@@ -26,8 +26,6 @@ QUEUE_TOKENS = 1 << 20
 #: How many bytes the requests may take that somebody waits for, with their answers.
 ANSWER_BYTES = 4 << 30
 
-_FRESH_SECONDS = 30.0  # for which what was measured decides in which bucket rows run
-_SMOOTHING = 0.2  # weight of the latest batch in what is measured
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _UNKNOWN_SECONDS = 0.1, 60.0, 1.0
 
 
@@ -70,9 +68,7 @@ class Scheduler:
         self._answers: AnswerTable[Job] = AnswerTable()
         self._answer_bytes = answer_bytes
         self._nbytes = 0  # of those that somebody waits for
-        self._speed: dict[tuple[str, Bucket], float] = {}  # tokens a second, of full batches
-        self._measured: dict[tuple[str, Bucket], float] = {}  # when each of them was last
-        self._pace = 0.0  # tokens a second, of the batches as they were
+        self._speeds = Speeds(now)
         self._running: asyncio.Task[None] | None = None
         self.queue = FairQueue(queue_tokens)
         self.callers = 0
@@ -105,7 +101,7 @@ class Scheduler:
                 f"client's; {self.queue.capacity} may, and no client may have more than is left "
                 "free"
             )
-            wait = excess / self._pace if self._pace else _UNKNOWN_SECONDS
+            wait = excess / self._speeds.pace if self._speeds.pace else _UNKNOWN_SECONDS
             raise _full(text, wait, self.queue.capacity)
 
     def take(self, job: Job, *, fingerprint: bytes = b"", seconds_left: float | None = None) -> Job:
@@ -190,12 +186,11 @@ class Scheduler:
             raise _full(text, _UNKNOWN_SECONDS, self._answer_bytes)
 
     def _check_deadline(self, job: Job, seconds_left: float | None) -> None:
-        own = [speed for (handle, _), speed in self._speed.items() if handle == job.model.handle]
-        if seconds_left is None or not own:
+        if seconds_left is None:
             return
         others = self.queue.ahead_of(job) - job.tokens
-        wanted = job.tokens / max(own) + others / max(self._speed.values())
-        if wanted > seconds_left:
+        wanted = self._speeds.least_seconds(job.model.handle, job.tokens, others)
+        if wanted is not None and wanted > seconds_left:
             raise ServerError(
                 Reason.DEADLINE_TOO_SHORT,
                 f"the answer would take {wanted:.1f} s, and is wanted in {seconds_left:.1f} s: "
@@ -209,7 +204,7 @@ class Scheduler:
     async def _run(self) -> None:
         """Runs batches until nothing waits."""
         try:
-            while pick := self.queue.pick(self._seconds):
+            while pick := self.queue.pick(self._speeds.seconds):
                 await self._run_batch(pick)
         finally:
             self._running = None
@@ -225,7 +220,7 @@ class Scheduler:
                 self.queue.remove(job)
                 job.fail(error)
         else:
-            self._note_speed(pick, seconds)
+            self._speeds.note(pick.jobs[0].model.handle, pick.bucket, pick.tokens, seconds)
             slots = pick.bucket.rows * pick.bucket.length
             self.activity.run_batch(sum(piece.length for piece in pick.pieces), slots)
         for job in pick.jobs:
@@ -241,27 +236,6 @@ class Scheduler:
             lambda batch, questions: self._engine.forward(handle, batch, questions),
         )
         return time.monotonic() - begin
-
-    def _seconds(self, handle: str, bucket: Bucket) -> float | None:
-        """How long a batch takes, by the latest before it; None if that is too long ago.
-
-        So one that was slow by chance counts for a while, and is tried again.
-        """
-        measured = self._measured.get((handle, bucket), -math.inf)
-        if self._now() - measured > _FRESH_SECONDS:
-            return None
-        return bucket.rows * bucket.length / self._speed[handle, bucket]
-
-    def _note_speed(self, pick: Pick, seconds: float) -> None:
-        key, seconds = (pick.jobs[0].model.handle, pick.bucket), max(seconds, 1e-6)
-        full = pick.bucket.rows * pick.bucket.length / seconds
-        self._speed[key] = _smoothed(self._speed.get(key), full)
-        self._measured[key] = self._now()
-        self._pace = _smoothed(self._pace or None, pick.tokens / seconds)
-
-
-def _smoothed(earlier: float | None, latest: float) -> float:
-    return latest if earlier is None else earlier + _SMOOTHING * (latest - earlier)
 
 
 def _full(text: str, wait: float, limit: int) -> ServerError:

@@ -1,0 +1,81 @@
+"""How fast models run, by the batches that ran. Pure: the clock is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moorage_server.engine import Bucket
+
+#: For how many seconds a batch says how long the next one takes.
+FRESH_SECONDS = 30.0
+
+_SMOOTHING = 0.2  # weight of the latest batch
+
+
+@dataclass
+class _Speed:
+    """Tokens a second, padding included, and when that was last measured."""
+
+    tokens: float
+    measured: float
+
+
+class Speeds:
+    """What was measured of batches, the latest of which count most.
+
+    Attributes:
+        pace: Tokens a second that were got through, as the queue counts them; 0 if none ran yet.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """Makes one that knows nothing.
+
+        Args:
+            now: The clock, in seconds.
+        """
+        self.pace = 0.0
+        self._now = now
+        self._speeds: dict[tuple[str, Bucket], _Speed] = {}
+
+    def note(self, handle: str, bucket: Bucket, tokens: int, seconds: float) -> None:
+        """Takes note of a batch that ran.
+
+        Args:
+            handle: The model.
+            bucket: The shape.
+            tokens: How many tokens of the queue that were.
+            seconds: How long it took.
+        """
+        seconds, earlier = max(seconds, 1e-6), self._speeds.get((handle, bucket))
+        full = bucket.rows * bucket.length / seconds
+        speed = _smoothed(earlier.tokens if earlier else full, full)
+        self._speeds[handle, bucket] = _Speed(speed, self._now())
+        self.pace = _smoothed(self.pace or tokens / seconds, tokens / seconds)
+
+    def seconds(self, handle: str, bucket: Bucket) -> float | None:
+        """How long a batch takes, by the latest before it; None if that is too long ago.
+
+        So one that was slow by chance counts for a while, and is tried again.
+        """
+        speed = self._speeds.get((handle, bucket))
+        if speed is None or self._now() - speed.measured > FRESH_SECONDS:
+            return None
+        return bucket.rows * bucket.length / speed.tokens
+
+    def least_seconds(self, handle: str, tokens: int, others: int) -> float | None:
+        """How long a request takes at the least, after others; None if its model never ran.
+
+        Args:
+            handle: Its model.
+            tokens: Its tokens, padding included.
+            others: Those of any models that run before it.
+        """
+        own = [speed.tokens for (model, _), speed in self._speeds.items() if model == handle]
+        if not own:
+            return None
+        return tokens / max(own) + others / max(speed.tokens for speed in self._speeds.values())
+
+
+def _smoothed(earlier: float, latest: float) -> float:
+    return earlier + _SMOOTHING * (latest - earlier)
