@@ -7,12 +7,13 @@
 # make presets  every preset at its real size, compiled from shapes alone
 # make docs   the documentation as a site, in build/site
 # make deploy-lint  Dockerfile, Kubernetes manifests and the systemd unit; a part of lint
-# make image  the container image, built and run; root on Debian, no engine and no registry
+# make image  the container image, built and run; root on Debian, no engine and no registry; VARIANT=tpu
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
+VARIANT ?= cpu
 ARGS ?=
 
 .PHONY: demo test lint soak bench bench-load bench-beside presets stubs docs image deploy-lint clean
@@ -55,7 +56,7 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 image: $(VENV)/demo
-	PYTHON=$(abspath $(BIN)/python) timeout 1800 deploy/container/test.sh
+	VARIANT=$(VARIANT) PYTHON=$(abspath $(BIN)/python) timeout 1800 deploy/container/test.sh
 
 deploy-lint: $(VENV)/dev
 	PATH="$(abspath $(BIN)):$$PATH" deploy/lint.sh

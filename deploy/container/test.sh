@@ -4,11 +4,13 @@
 # is missing is installed, and the base image is made of the distribution's own packages.
 #
 #   PYTHON   a Python that has moorage's client, to score from outside; default: .venv's
+#   VARIANT  cpu or tpu; that for TPUs runs on the CPU here; default: cpu
 #   FOLDER   where the base, images and containers are kept between runs
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+VARIANT=${VARIANT:-cpu}
 FOLDER=${FOLDER:-${XDG_CACHE_HOME:-$HOME/.cache}/moorage-image}
 BASE=localhost/moorage-base
 IMAGE=localhost/moorage:test
@@ -21,7 +23,11 @@ failed() { echo "FAILED: $1" >&2; exit 1; }
 step() { printf '%4d s  %s\n' "$SECONDS" "$1"; }
 engine() { podman --runtime runc --cgroup-manager cgroupfs "$@"; }
 # Limits that a machine whose own are lower can give; no timer, for which there may be no systemd.
-run() { engine run --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --no-healthcheck "$@"; }
+run() {
+  local cpu=()
+  [ "$VARIANT" = cpu ] || cpu=(--env JAX_PLATFORMS=cpu)
+  engine run --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --no-healthcheck "${cpu[@]}" "$@"
+}
 inside() { run --rm --network none --entrypoint "" "$IMAGE" "$@"; }
 
 tools() {
@@ -69,12 +75,12 @@ image() {
     [ -e "$file" ] && mounts+=(--volume "$file:$file:ro")
   done
   buildah bud --isolation chroot --network host --pull-never --format docker "${mounts[@]}" \
-    --build-arg "BASE=$BASE" --build-arg "VARIANT=$1" --tag "$IMAGE" . >"$FOLDER/build.log" 2>&1 \
+    --build-arg "BASE=$BASE" --build-arg "VARIANT=$VARIANT" --tag "$IMAGE" . >"$FOLDER/build.log" 2>&1 \
     || { tail -30 "$FOLDER/build.log" >&2; failed "the build ($FOLDER/build.log)"; }
   engine image prune --force >/dev/null
   local bytes
   bytes=$(engine image inspect --format '{{.Size}}' "$IMAGE")
-  step "built the image for $1: $((bytes / 1000000)) MB with its base"
+  step "built the image for $VARIANT: $((bytes / 1000000)) MB with its base"
 }
 
 contents() {
@@ -85,6 +91,9 @@ contents() {
     python -c "import pip" 2>/dev/null && echo "import pip"; true')
   [ -z "$found" ] || failed "the image has what only builds need: $found"
   [ "$(inside id -u)" = 10001 ] || failed "the image runs as user $(inside id -u)"
+  inside python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("libtpu"))' \
+    && found=tpu || found=cpu
+  [ "$found" = "$VARIANT" ] || failed "the image for $VARIANT is one for $found"
   step "no compiler and no pip in it; its user is 10001"
 }
 
@@ -176,7 +185,7 @@ storage
 trap clean EXIT
 clean
 base
-image cpu
+image
 contents
 refusal
 healthcheck
