@@ -128,6 +128,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.calls: list[Call] = []
         self.unloads: Counter[str] = Counter()
         self.firm: set[str] = set()
+        self.firm_and_left: set[str] = set()  # what they asked for may come after an unload
         self.asked: set[str] = set()
         self.awaited: set[str] = set()
         self.sequence = 0
@@ -185,6 +186,8 @@ class Lifecycle(RuleBasedStateMachine):
     def leave(self, pick: int, turns: int) -> None:
         call = self.calls[pick % len(self.calls)]
         call.left = True
+        if call.loads and call.handle in self.firm:
+            self.firm_and_left.add(call.handle)
         call.task.cancel()
         self.turn(turns)
 
@@ -472,7 +475,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.awaited.discard(handle)
         if state in OVER:
             self.asked.discard(handle)
-            self.firm -= {handle} - {c.handle for c in self.calls if c.loads}
+            self.firm -= {handle} - {c.handle for c in self.calls if c.loads} - self.firm_and_left
             self._lose_leases(handle)
 
     def _lose_leases(self, handle: str) -> None:
