@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc.aio
@@ -287,19 +287,19 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         """Waits for a request, with signs of life."""
         if job.finished.is_set():
             return
-        finished = asyncio.create_task(job.finished.wait())
         rows = len(job.work.rows.lengths)
-        try:
-            with job.model.use():
-                while not (await asyncio.wait([finished], timeout=_HEARTBEAT_SECONDS))[0]:
-                    progress = pb.ForwardProgress(
-                        rows_done=rows - job.rows_left,
-                        rows=rows,
-                        queued_tokens=self._scheduler.queue.tokens,
-                    )
-                    yield pb.ForwardResponse(progress=progress)
-        finally:
-            finished.cancel()
+        with job.model.use():
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_HEARTBEAT_SECONDS):
+                        await job.finished.wait()
+                        return
+                progress = pb.ForwardProgress(
+                    rows_done=rows - job.rows_left,
+                    rows=rows,
+                    queued_tokens=self._scheduler.queue.tokens,
+                )
+                yield pb.ForwardResponse(progress=progress)
 
     def _job(self, model: Model, request: pb.ForwardRequest, client: str) -> Job:
         """Checks a request against its model.
