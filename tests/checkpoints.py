@@ -11,11 +11,13 @@ import ml_dtypes  # noqa: F401 - without it the safetensors library knows no bfl
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.sources import ModelRequest, ModelSource
 
 GOLDEN = Path(__file__).parent / "golden"
+WIDTH = 512  # of checkpoints like those of a real size
 VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 
 
@@ -49,3 +51,36 @@ def stored_tensors(folder: Path) -> Mapping[str, np.ndarray]:
         with safe_open(path, "np") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return tensors
+
+
+def make_wide(folder: Path, name: str) -> Path:
+    """Two random layers of a real width, as a checkpoint like that golden one."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 1536, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    config = golden_config(name) | sizes | {"vocab_size": 3000, "tie_word_embeddings": False}
+    shapes = {
+        "input_layernorm": (WIDTH,),
+        "post_attention_layernorm": (WIDTH,),
+        "self_attn.q_proj": (512, WIDTH),
+        "self_attn.k_proj": (256, WIDTH),
+        "self_attn.v_proj": (256, WIDTH),
+        "self_attn.o_proj": (WIDTH, 512),
+        "mlp.gate_proj": (1536, WIDTH),
+        "mlp.up_proj": (1536, WIDTH),
+        "mlp.down_proj": (WIDTH, 1536),
+    }
+    if name.startswith("qwen3"):
+        shapes |= {"self_attn.q_norm": (64,), "self_attn.k_norm": (64,)}
+    layers = {f"model.layers.{i}.{name}": shape for i in (0, 1) for name, shape in shapes.items()}
+    tables = {"model.embed_tokens": (3000, WIDTH), "lm_head": (3000, WIDTH), "model.norm": (WIDTH,)}
+    rng = np.random.default_rng(11)
+    tensors = {
+        f"{name}.weight": (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
+        if len(shape) > 1
+        else np.ones(shape, np.float32)
+        for name, shape in {**layers, **tables}.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return folder

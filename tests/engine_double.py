@@ -11,7 +11,7 @@ import numpy as np
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
-from moorage_server.engine import Answers, Batch, Bucket, Device, EngineInfo, Need, Question
+from moorage_server.engine import Answers, Batch, Bucket, Device, EngineInfo, Need, Probe, Question
 from moorage_server.engine.outputs import PROFILES
 
 STAGES = ("fetch", "place", "compile")
@@ -77,10 +77,10 @@ class EngineDouble:
         self.loaded.add(handle)
         return dict(BYTES)
 
-    def probe(self, handle: str, bucket: Bucket) -> frozenset[bytes]:
+    def probe(self, handle: str, probe: Probe) -> list[bytes]:
         assert handle in self.loaded, "freed before it was tried"
         self._pass("probe")
-        return frozenset([b"the same"])
+        return [b"%d" % row for row in probe.rows]
 
     def unload(self, handle: str) -> dict[int, int]:
         self._pass("unload")

@@ -8,17 +8,15 @@ takes other kernels by size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import real_models
-from checkpoints import GOLDEN, VARIANTS, golden_config, mesh_of, open_folder
+from checkpoints import GOLDEN, VARIANTS, make_wide, mesh_of, open_folder
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.monitor import LoadMonitor
@@ -38,7 +36,6 @@ SLOW = [
     for name in VARIANTS
     for dtype in ("float32", "bfloat16")
 ]
-WIDTH = 512
 
 
 def serve(
@@ -108,7 +105,7 @@ def test_whatever_the_bucket_of_those_that_were_proven(name: str, dtype: str) ->
     rows = rows_of(checkpoint.config.vocab_size, (5, 72, 128, 17, 40, 64, 99, 3))
     shapes = [Bucket(128, count) for count in (1, 2, 4, 8)]
     engine = serve(checkpoint, 1, shapes)
-    buckets = proven(shapes, lambda bucket: engine.probe("model", bucket))
+    buckets = proven(shapes, dtype, lambda probe: engine.probe("model", probe))
     assert buckets[-1] == shapes[-1]
     assert buckets == tuple(shapes) or name != "llama3"
     found = [scores(engine, checkpoint.config, rows, [bucket]) for bucket in buckets]
@@ -120,51 +117,18 @@ def test_whatever_the_bucket_of_those_that_were_proven(name: str, dtype: str) ->
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whatever_the_bucket_of_a_real_model(dtype: str) -> None:
     checkpoint = open_folder(real_models.make("smollm2-135m-instruct"), dtype, dtype)
-    rows = rows_of(checkpoint.config.vocab_size, (5, 100, 128, 60))
+    rows = rows_of(checkpoint.config.vocab_size, (5, 100, 128, 60) * 8)
     wanted: list[np.ndarray] | None = None
     for size in (1, 2):
-        buckets = [Bucket(128, size), Bucket(128, 4 * size), Bucket(512, 2 * size)]
-        engine = serve(checkpoint, size, buckets)
-        for bucket in buckets:
+        shapes = [Bucket(128, size), Bucket(128, 4 * size), Bucket(128, 8 * size)]
+        engine = serve(checkpoint, size, shapes)
+        for bucket in proven(shapes, dtype, lambda probe: engine.probe("model", probe)):  # noqa: B023
             found = scores(engine, checkpoint.config, rows, [bucket])
             wanted = wanted or found
             assert same(found, wanted), (size, bucket)
 
 
 # Every output, with companions from other requests.
-
-
-def make_wide(folder: Path, name: str) -> Path:
-    """Two random layers of a real width, as a checkpoint like that golden one."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 1536, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    config = golden_config(name) | sizes | {"vocab_size": 3000, "tie_word_embeddings": False}
-    shapes = {
-        "input_layernorm": (WIDTH,),
-        "post_attention_layernorm": (WIDTH,),
-        "self_attn.q_proj": (512, WIDTH),
-        "self_attn.k_proj": (256, WIDTH),
-        "self_attn.v_proj": (256, WIDTH),
-        "self_attn.o_proj": (WIDTH, 512),
-        "mlp.gate_proj": (1536, WIDTH),
-        "mlp.up_proj": (1536, WIDTH),
-        "mlp.down_proj": (WIDTH, 1536),
-    }
-    if name.startswith("qwen3"):
-        shapes |= {"self_attn.q_norm": (64,), "self_attn.k_norm": (64,)}
-    layers = {f"model.layers.{i}.{name}": shape for i in (0, 1) for name, shape in shapes.items()}
-    tables = {"model.embed_tokens": (3000, WIDTH), "lm_head": (3000, WIDTH), "model.norm": (WIDTH,)}
-    rng = np.random.default_rng(11)
-    tensors = {
-        f"{name}.weight": (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
-        if len(shape) > 1
-        else np.ones(shape, np.float32)
-        for name, shape in {**layers, **tables}.items()
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    return folder
 
 
 def some_request(

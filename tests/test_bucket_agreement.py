@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from unittest import mock
 
-import numpy as np
 import pytest
 
 from cache_scenario import forward, load, reached, scenario
@@ -14,64 +13,111 @@ from engine_double import BUCKETS as BUCKETS_OF_DOUBLE
 from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 from moorage_server.convert import to_model
-from moorage_server.engine import Bucket
-from moorage_server.engine.agreement import Digests, agreeing, disputed, probe, proven
+from moorage_server.engine import Bucket, Probe
+from moorage_server.engine.agreement import (
+    HALF_PRECISION_TOKENS,
+    agreeing,
+    batch_of,
+    probes,
+    proven,
+)
 from moorage_server.engine.local import LocalEngine
 from moorage_server.engine.outputs import Profile
 
 BUCKETS = [Bucket(8, 1), Bucket(8, 2), Bucket(8, 4), Bucket(16, 1), Bucket(32, 2), Bucket(32, 4)]
-SAME: Digests = frozenset([b"one"])
 
 
-def test_only_shapes_that_share_their_length_are_tried() -> None:
-    assert disputed(BUCKETS[::-1]) == [bucket for bucket in BUCKETS if bucket.length != 16]
+def found(
+    buckets: list[Bucket], other: dict[Bucket, set[int]] | None = None, dtype: str = "float32"
+) -> dict[Probe, list[bytes]]:
+    """What probes give if some rows have other bits in some buckets."""
+    other = other or {}
+    return {
+        probe: [b"%d %d" % (row, row in other.get(probe.bucket, ())) for row in probe.rows]
+        for probe in probes(buckets, dtype)
+    }
+
+
+def test_the_same_rows_run_in_every_shape_of_a_length() -> None:
+    tried = probes(BUCKETS, "float32")
+    rows = {bucket: [p.rows for p in tried if p.bucket == bucket] for bucket in BUCKETS}
+    assert rows[Bucket(8, 1)] == [(0,), (1,), (2,), (3,)]
+    assert rows[Bucket(8, 2)] == [(0, 1), (2, 3)]
+    assert rows[Bucket(8, 4)] == [(0, 1, 2, 3), (1, 2, 3, 0)]  # each at two places
+    assert rows[Bucket(16, 1)] == []  # there is one way to run a row of this length
+    assert rows[Bucket(32, 2)] == [(0, 1), (2, 3)]
+
+
+def test_one_shape_of_many_rows_is_tried_too() -> None:
+    assert [probe.rows for probe in probes([Bucket(8, 2)], "float32")] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_many_rows_are_tried(dtype: str) -> None:
+    for buckets in ([Bucket(128, 1), Bucket(128, 8)], [Bucket(512, 8)], [Bucket(128, 96)]):
+        tried = probes(buckets, dtype)
+        for bucket in buckets:
+            rows = {row for probe in tried if probe.bucket == bucket for row in probe.rows}
+            assert rows == set(range(len(rows)))
+            assert len(rows) * bucket.length >= HALF_PRECISION_TOKENS
 
 
 def test_shapes_that_agree_are_all_used() -> None:
-    assert agreeing(BUCKETS[::-1], dict.fromkeys(disputed(BUCKETS), SAME)) == tuple(BUCKETS)
+    assert agreeing(BUCKETS[::-1], found(BUCKETS)) == tuple(BUCKETS)
 
 
-@pytest.mark.parametrize("other", [frozenset([b"other"]), frozenset([b"one", b"other"])])
-def test_a_shape_with_other_bits_is_left_out(other: Digests) -> None:
-    found = dict.fromkeys(disputed(BUCKETS), SAME) | {Bucket(8, 2): other}
-    assert agreeing(BUCKETS, found) == tuple(b for b in BUCKETS if b != Bucket(8, 2))
+def test_a_shape_with_other_bits_is_left_out() -> None:
+    """If that is so of one row."""
+    wrong = {Bucket(8, 2): {3}}
+    assert agreeing(BUCKETS, found(BUCKETS, wrong)) == tuple(b for b in BUCKETS if b not in wrong)
 
 
 def test_the_largest_shape_decides() -> None:
-    found = dict.fromkeys(disputed(BUCKETS), SAME) | {Bucket(32, 4): frozenset([b"other"])}
-    assert agreeing(BUCKETS, found) == tuple(b for b in BUCKETS if b != Bucket(32, 2))
+    wrong = {Bucket(32, 4): {1}}
+    assert agreeing(BUCKETS, found(BUCKETS, wrong)) == (*BUCKETS[:4], Bucket(32, 4))
 
 
 def test_a_model_whose_rows_depend_on_their_place_is_refused() -> None:
-    found = dict.fromkeys(disputed(BUCKETS), SAME) | {Bucket(8, 4): frozenset([b"one", b"other"])}
+    given = found(BUCKETS)
+    given[Probe(Bucket(8, 4), (1, 2, 3, 0))][2] = b"other"
     with pytest.raises(ModelError, match="4 rows of 8 tokens") as caught:
-        agreeing(BUCKETS, found)
+        agreeing(BUCKETS, given)
     assert caught.value.reason is Reason.CHECKPOINT_UNSUPPORTED
 
 
-def test_a_probe_has_one_row_in_all_company() -> None:
-    batches = {bucket: probe(bucket, 100) for bucket in BUCKETS}
-    for bucket, batch in batches.items():
-        assert batch.bucket == bucket
+def test_a_row_is_the_same_in_every_batch() -> None:
+    seen: dict[tuple[int, int], bytes] = {}
+    for probe in probes(BUCKETS, "float32"):
+        batch = batch_of(probe, 100)
+        assert batch.bucket == probe.bucket
         assert batch.tokens.min() >= 0
         assert batch.tokens.max() < 100
-        row = batches[
-            Bucket(bucket.length, min(b.rows for b in BUCKETS if b.length == bucket.length))
-        ]
-        for place in (0, -1):
-            np.testing.assert_array_equal(batch.tokens[place], row.tokens[0])
-            assert batch.segments[place].all()
-        for middle in range(1, bucket.rows - 1):
-            assert (batch.tokens[middle] != batch.tokens[0]).any()
-    assert not batches[Bucket(32, 4)].segments.all()  # some rows are padded
+        for place, row in enumerate(probe.rows):
+            given = batch.tokens[place].tobytes() + batch.segments[place].tobytes()
+            assert seen.setdefault((probe.bucket.length, row), given) == given
+    assert len(set(seen.values())) == len(seen)
 
 
-def test_an_engine_tells_shapes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_rows_are_padded() -> None:
+    ends = batch_of(Probe(Bucket(32, 4), (0, 1, 2, 3)), 100).segments.sum(1)
+    assert (ends[[0, 2]] == 32).all()
+    assert ((ends[[1, 3]] >= 16) & (ends[[1, 3]] < 32)).all()
+
+
+def tried(engine: LocalEngine, buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    return proven(buckets, "float32", lambda probe: engine.probe("model", probe))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
+def test_an_engine_tells_shapes_apart(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
     """As if the compiler had taken another order for one row: its program runs other weights."""
-    buckets = (Bucket(32, 1), Bucket(32, 2), Bucket(64, 1))
-    engine = LocalEngine(mesh_of(1, 1), buckets, profiles=[Profile(("logprobs",))])
+    rows = shape[0]
+    buckets = (Bucket(32, rows), Bucket(32, 2 * rows), Bucket(64, rows))
+    engine = LocalEngine(mesh_of(*shape), buckets, profiles=[Profile(("logprobs",))])
     engine.load("model", open_folder(GOLDEN / "llama3", "float32"), LoadMonitor())
-    assert proven(buckets, lambda bucket: engine.probe("model", bucket)) == buckets
+    assert tried(engine, buckets) == buckets
     programs = engine._models["model"].programs
     stored = programs.trunks[buckets[0]]
 
@@ -79,7 +125,7 @@ def test_an_engine_tells_shapes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         return stored(params | {"final_norm": params["final_norm"] * (1 + 1e-6)}, *batch)
 
     monkeypatch.setitem(programs.trunks, buckets[0], other)
-    assert proven(buckets, lambda bucket: engine.probe("model", bucket)) == buckets[1:]
+    assert tried(engine, buckets) == buckets[1:]
 
 
 @scenario
@@ -88,7 +134,9 @@ async def test_a_model_runs_in_what_was_proven_and_the_log_says_so(cache, engine
     one_row = BUCKETS_OF_DOUBLE[0]
     with (
         mock.patch("moorage_server.loader._log.info", lambda text, *words: said.append(words)),
-        mock.patch.object(engine, "probe", lambda _, bucket: frozenset([bytes(bucket == one_row)])),
+        mock.patch.object(
+            engine, "probe", lambda _, probe: [bytes(probe.bucket == one_row) for _ in probe.rows]
+        ),
     ):
         model = await load(cache)
     assert model.buckets == (Bucket(128, 4),)  # its context is 128

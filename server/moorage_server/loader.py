@@ -16,7 +16,7 @@ from moorage_server.admission import Admission
 from moorage_server.budget import Budget
 from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Engine
-from moorage_server.engine.agreement import agreeing, disputed
+from moorage_server.engine.agreement import agreeing, probes
 from moorage_server.errors import ServerError
 from moorage_server.leases import LeaseTable
 from moorage_server.lifecycle import State
@@ -121,16 +121,14 @@ class Loader:
     async def _prove(self, model: Model) -> None:
         """Finds the shapes in which the model's rows get the same bits.
 
-        Each shape is tried by itself, so that other models' forward passes run in between.
+        Each batch is tried by itself, so that other models' forward passes run in between.
         """
-        served = self._engine.info().buckets_for(model.checkpoint.config.max_position)
-        found = {}
+        checkpoint, found = model.checkpoint, {}
+        served = self._engine.info().buckets_for(checkpoint.config.max_position)
         try:
-            for bucket in disputed(served):
+            for probe in probes(served, checkpoint.compute_dtype):
                 model.monitor.check()
-                found[bucket] = await self.device_thread.run(
-                    self._engine.probe, model.handle, bucket
-                )
+                found[probe] = await self.device_thread.run(self._engine.probe, model.handle, probe)
             model.buckets = agreeing(served, found)
         except BaseException:
             await self.device_thread.run(self._engine.unload, model.handle)

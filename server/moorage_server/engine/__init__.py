@@ -8,7 +8,18 @@ from moorage_server.engine.api import (
     Engine,
     EngineInfo,
     Need,
+    Probe,
     Question,
 )
 
-__all__ = ["Answers", "Batch", "Bucket", "Device", "Engine", "EngineInfo", "Need", "Question"]
+__all__ = [
+    "Answers",
+    "Batch",
+    "Bucket",
+    "Device",
+    "Engine",
+    "EngineInfo",
+    "Need",
+    "Probe",
+    "Question",
+]

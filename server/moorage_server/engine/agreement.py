@@ -7,46 +7,64 @@ from its own length alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int32
 
+from moorage_models.dtypes import ITEM_BYTES
 from moorage_models.errors import ModelError, Reason
-from moorage_server.engine.api import Batch, Bucket
+from moorage_server.engine.api import Batch, Bucket, Probe
 
-#: Digests of what one row gave at some places of a batch.
-Digests = frozenset[bytes]
-
-
-def disputed(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """Those of some buckets that share their length with others."""
-    found = sorted(buckets)
-    lengths = [bucket.length for bucket in found]
-    return [bucket for bucket in found if lengths.count(bucket.length) > 1]
+#: How many tokens of each length are tried in half precision, where another order of sums shows
+#: only where it crosses a rounding: of two layers in one token of a thousand, of more in more.
+HALF_PRECISION_TOKENS = 8192
 
 
-def probe(bucket: Bucket, vocabulary: int) -> Batch:
-    """A batch whose first and last rows are the same in all batches of its length.
+def probes(buckets: Iterable[Bucket], compute_dtype: str) -> list[Probe]:
+    """What must be tried of some buckets: where a row may come to lie in more than one way.
 
-    The others are random, and end somewhere in their second half.
-    """
-    length, rng = bucket.length, np.random.default_rng(bucket.length)
-    tokens: Int32[np.ndarray, " length"] = rng.integers(0, vocabulary, length, np.int32)
-    rows = rng.integers(0, vocabulary, (bucket.rows, length), np.int32)
-    segments = np.arange(length) < rng.integers(length // 2, length + 1, (bucket.rows, 1))
-    rows[0], rows[-1] = tokens, tokens
-    segments[0], segments[-1] = True, True
-    positions = np.tile(np.arange(length, dtype=np.int32), (bucket.rows, 1))
-    return Batch(rows, segments.astype(np.int32), positions)
-
-
-def agreeing(buckets: Iterable[Bucket], found: Mapping[Bucket, Digests]) -> tuple[Bucket, ...]:
-    """Those of some buckets in which a row gets the bits that it gets in the largest.
+    The same rows run in every bucket of their length, and in the largest once more, each at
+    another place and with other neighbours.
 
     Args:
         buckets: The buckets.
-        found: What the probes of the disputed ones gave.
+        compute_dtype: The dtype of the arithmetic.
+    """
+    found = []
+    for largest in _largest(buckets).values():
+        own = [bucket for bucket in sorted(buckets) if bucket.length == largest.length]
+        if len(own) == largest.rows == 1:
+            continue
+        tokens = HALF_PRECISION_TOKENS if ITEM_BYTES[compute_dtype] == 2 else 0
+        batches = max(1, -(-tokens // (largest.rows * largest.length)))
+        rows = list(range(batches * largest.rows))
+        for bucket in own:
+            found += _batches(bucket, rows)
+        found += _batches(largest, rows[1:] + rows[:1])
+    return found
+
+
+def batch_of(probe: Probe, vocabulary: int) -> Batch:
+    """The batch of a probe: random rows, every other of which ends in its second half."""
+    bucket, length = probe.bucket, probe.bucket.length
+    tokens, segments = np.zeros((2, bucket.rows, length), np.int32)
+    for place, number in enumerate(probe.rows):
+        rng = np.random.default_rng((length, number))
+        end = rng.integers(length // 2, length) if number % 2 else length
+        tokens[place, :end] = rng.integers(0, vocabulary, end)
+        segments[place, :end] = 1
+    positions = np.tile(np.arange(length, dtype=np.int32), (bucket.rows, 1))
+    return Batch(tokens, segments, positions * segments)
+
+
+def agreeing(
+    buckets: Iterable[Bucket], found: Mapping[Probe, Sequence[bytes]]
+) -> tuple[Bucket, ...]:
+    """Those of some buckets in which rows get the bits that they get in the largest.
+
+    Args:
+        buckets: The buckets.
+        found: A digest of each row's values, by probe.
 
     Returns:
         The buckets to use, shortest first.
@@ -54,21 +72,34 @@ def agreeing(buckets: Iterable[Bucket], found: Mapping[Bucket, Digests]) -> tupl
     Raises:
         ModelError: CHECKPOINT_UNSUPPORTED if a row's bits depend on its place or its neighbours.
     """
-    largest = {bucket.length: bucket for bucket in sorted(buckets)}
+    given: dict[Bucket, dict[int, set[bytes]]] = {bucket: {} for bucket in sorted(buckets)}
+    for probe, digests in found.items():
+        for row, digest in zip(probe.rows, digests, strict=True):
+            given[probe.bucket].setdefault(row, set()).add(digest)
+    largest = _largest(given)
     for bucket in largest.values():
-        if len(found.get(bucket, ())) > 1:
+        if any(len(digests) > 1 for digests in given[bucket].values()):
             raise ModelError(
                 Reason.CHECKPOINT_UNSUPPORTED,
                 f"in {bucket.rows} rows of {bucket.length} tokens this model gives a row other "
                 "numbers at another place; serve it with other buckets",
             )
-    return tuple(
-        bucket
-        for bucket in sorted(buckets)
-        if found.get(bucket) == found.get(largest[bucket.length])
-    )
+    return tuple(bucket for bucket in given if given[bucket] == given[largest[bucket.length]])
 
 
-def proven(buckets: Collection[Bucket], run: Callable[[Bucket], Digests]) -> tuple[Bucket, ...]:
+def proven(
+    buckets: Sequence[Bucket], compute_dtype: str, run: Callable[[Probe], Sequence[bytes]]
+) -> tuple[Bucket, ...]:
     """Those of some buckets that agree, tried one after another; see `agreeing`."""
-    return agreeing(buckets, {bucket: run(bucket) for bucket in disputed(buckets)})
+    return agreeing(buckets, {probe: run(probe) for probe in probes(buckets, compute_dtype)})
+
+
+def _largest(buckets: Iterable[Bucket]) -> dict[int, Bucket]:
+    """The bucket with the most rows, by length."""
+    return {bucket.length: bucket for bucket in sorted(buckets)}
+
+
+def _batches(bucket: Bucket, rows: Sequence[int]) -> list[Probe]:
+    """Batches that together hold some rows, which fill them."""
+    starts = range(0, len(rows), bucket.rows)
+    return [Probe(bucket, tuple(rows[start : start + bucket.rows])) for start in starts]

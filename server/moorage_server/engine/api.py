@@ -85,6 +85,19 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """One batch that is tried.
+
+    Attributes:
+        bucket: Its shape.
+        rows: Which of the rows of this length it holds, by their numbers.
+    """
+
+    bucket: Bucket
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Padded rows for one forward pass.
 
@@ -176,12 +189,11 @@ class Engine(Protocol):
         """
         ...
 
-    def probe(self, handle: str, bucket: Bucket) -> frozenset[bytes]:
-        """Runs a loaded model in one shape, to see what a row gives.
+    def probe(self, handle: str, probe: Probe) -> Sequence[bytes]:
+        """Runs a loaded model on rows that are tried: see `moorage_server.engine.agreement`.
 
         Returns:
-            Digests of the row's hidden states, wherever in the batch it was; see
-            `moorage_server.engine.agreement`.
+            A digest of each row's hidden states.
         """
         ...
 

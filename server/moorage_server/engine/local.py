@@ -24,7 +24,7 @@ from moorage_models.errors import ModelError, Reason
 from moorage_models.monitor import LoadMonitor
 from moorage_models.plan import Plan
 from moorage_models.ring import WINDOW_BYTES
-from moorage_server.engine.agreement import probe
+from moorage_server.engine.agreement import batch_of
 from moorage_server.engine.api import (
     Answers,
     Batch,
@@ -32,6 +32,7 @@ from moorage_server.engine.api import (
     Device,
     EngineInfo,
     Need,
+    Probe,
     Question,
 )
 from moorage_server.engine.compiles import CompileCounter
@@ -139,14 +140,19 @@ class LocalEngine:
             pool.shutdown(wait=False, cancel_futures=True)
         return _device_bytes(params.values())
 
-    def probe(self, handle: str, bucket: Bucket) -> frozenset[bytes]:
-        """Runs a loaded model in one shape, to see what a row gives."""
+    def probe(self, handle: str, probe: Probe) -> list[bytes]:
+        """Runs a loaded model on rows that are tried, and digests what each gives."""
         model = self._models[handle]
-        batch = probe(bucket, model.programs.config.vocab_size)
+        batch = batch_of(probe, model.programs.config.vocab_size)
         hidden = model.programs.hidden(model.params, batch)
-        shards = sorted(hidden.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-        rows = np.asarray(shards[0].data)[0], np.asarray(shards[-1].data)[-1]
-        return frozenset(hashlib.sha256(row.tobytes()).digest() for row in rows)
+        shards = [shard for shard in hidden.addressable_shards if shard.replica_id == 0]
+        shards.sort(key=lambda shard: shard.index[0].start or 0)
+        rows = (row for shard in shards for row in np.asarray(shard.data))
+        ends = batch.segments.sum(1)
+        return [
+            hashlib.sha256(row[:end].tobytes()).digest()
+            for row, end in zip(rows, ends, strict=True)
+        ]
 
     def unload(self, handle: str) -> dict[int, int]:
         """Frees a model's arrays, and counts those that are gone."""
