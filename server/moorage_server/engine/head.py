@@ -51,9 +51,8 @@ def head(
     values = scaled_logits(params, hidden, temperatures, config=config, mesh=mesh)
     linear = Linear(config, mesh)
     split = PartitionSpec(*linear.batch_spec(values), None, TP if linear.on_tp("v") else None)
-    logits = Logits(
+    logits = Logits.of(
         values,
-        jax.nn.logsumexp(values, axis=-1),
         targets,
         candidates,
         min(profile.size, values.shape[-1]),

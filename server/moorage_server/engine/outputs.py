@@ -32,7 +32,8 @@ class Logits(NamedTuple):
 
     Attributes:
         values: The logits, divided by each token's temperature.
-        log_sum: Their log-sum-exp.
+        largest: The largest of them.
+        log_sum: The logarithm of the sum of `exp(values - largest)`: at least 0.
         targets: The token that is asked about.
         candidates: The tokens that are asked about beside it; `n` may be 0.
         size: How many tokens a top-k gives; at most `v`.
@@ -40,11 +41,34 @@ class Logits(NamedTuple):
     """
 
     values: Float32[Array, "s c v"]
+    largest: Float32[Array, "s c 1"]
     log_sum: Float32[Array, "s c"]
     targets: Int32[Array, "s c"]
     candidates: Int32[Array, "s c n"]
     size: int
     layout: NamedSharding
+
+    @classmethod
+    def of(
+        cls,
+        values: Float32[Array, "s c v"],
+        targets: Int32[Array, "s c"],
+        candidates: Int32[Array, "s c n"],
+        size: int,
+        layout: NamedSharding,
+    ) -> Logits:
+        """Sums over the vocabulary."""
+        largest = jnp.max(values, axis=-1, keepdims=True)
+        log_sum = jnp.log(jnp.sum(jnp.exp(values - largest), axis=-1))
+        return cls(values, largest, log_sum, targets, candidates, size, layout)
+
+    def logprobs(self, values: Float32[Array, "s c n"]) -> Float32[Array, "s c n"]:
+        """Log-probabilities of tokens by their logits.
+
+        The largest logit is taken off first: it may be large, and so is the rounding of its sum
+        with anything else.
+        """
+        return values - self.largest - jnp.expand_dims(self.log_sum, 2)
 
 
 @dataclass(frozen=True)
@@ -120,14 +144,17 @@ def _of_target(logits: Logits) -> tuple[Array, ...]:
 
 def _of(logits: Logits, ids: Int32[Array, "s c n"]) -> Float32[Array, "s c n"]:
     """Log-probabilities of tokens by their ids."""
-    chosen = jnp.take_along_axis(logits.values, ids, axis=-1, mode="clip")
-    return chosen - jnp.expand_dims(logits.log_sum, 2)
+    return logits.logprobs(jnp.take_along_axis(logits.values, ids, axis=-1, mode="clip"))
 
 
 def _entropy(logits: Logits) -> tuple[Array, ...]:
-    """`log Z - sum p x`, in nats; the exponentials are summed as they come, never held."""
-    weights = jnp.exp(logits.values - jnp.expand_dims(logits.log_sum, 2))
-    return (logits.log_sum - jnp.sum(weights * logits.values, axis=-1),)
+    """`log Z - sum p z`, in nats, of logits `z <= 0` below the largest: neither part is negative.
+
+    They are found anew: those of `log_sum` the compiler would hold, as large as the logits.
+    """
+    below = logits.values - jax.lax.optimization_barrier(logits.largest)
+    weights = jnp.exp(below - jnp.expand_dims(logits.log_sum, 2))
+    return (logits.log_sum - jnp.sum(weights * below, axis=-1),)
 
 
 def _top_k(logits: Logits) -> tuple[Array, ...]:
@@ -147,7 +174,7 @@ def _top_k(logits: Logits) -> tuple[Array, ...]:
     part = logits.values.shape[-1] // parts
     ids = ids + jnp.repeat(jnp.arange(parts, dtype=jnp.int32) * part, ids.shape[-1] // parts)
     values, order = jax.lax.top_k(values, logits.size)
-    return jnp.take_along_axis(ids, order, axis=-1), values - jnp.expand_dims(logits.log_sum, 2)
+    return jnp.take_along_axis(ids, order, axis=-1), logits.logprobs(values)
 
 
 def _scalar(config: ModelConfig, size: int) -> tuple[int, ...]:
