@@ -236,7 +236,9 @@ def check_scores(model: Served, wanted: Reference) -> None:
     assert error.shape == wanted.logits.shape
     assert (error.max(axis=-1) <= wanted.tolerance).all()
     last = np.flatnonzero(np.append(wanted.rows.begins[1:], True))
-    np.testing.assert_array_equal(model.run(wanted.rows, "score")["score"], everywhere[last])
+    for temperature in TEMPERATURES:  # of a softmax, which a score has none of
+        found = model.run(wanted.rows, "score", temperature=temperature)["score"]
+        np.testing.assert_array_equal(found, everywhere[last])
 
 
 def check_hidden(model: Served, wanted: Reference, name: str) -> None:

@@ -278,12 +278,29 @@ async def test_a_model_that_was_unloaded_meanwhile(cache, engine):
     await made.ask(*FOUR, request_id="done")
     await cache.unload(made.model.handle)
     assert await refusal(made.ask(*FOUR, request_id="new")) is Reason.MODEL_NOT_LOADED
-    with pytest.raises(ServerError, match="was unloaded before this request had run") as caught:
-        await made.ask(*FOUR * 2, request_id="cut")
-    assert caught.value.reason is Reason.MODEL_NOT_LOADED
+    assert await refusal(made.ask(*FOUR * 3, request_id="cut too")) is Reason.MODEL_NOT_LOADED
     same(await made.ask(*FOUR, request_id="done"), FOUR_GIVE)  # it needs no model any more
     await load(cache)
-    same(await made.ask(*FOUR * 2, request_id="cut"), FOUR_GIVE * 2)
+    same(await made.ask(*FOUR * 2, request_id="cut"), FOUR_GIVE * 2)  # at the first attempt
+    same(await made.ask(*FOUR * 3, request_id="cut too"), FOUR_GIVE * 3)
+
+
+@at_a_desk()
+async def test_a_failure_is_not_kept(made, engine):
+    engine.failures["forward"] = RuntimeError("for once")
+    with pytest.raises(RuntimeError):
+        await made.ask(*FOUR, request_id="1")
+    engine.failures.clear()
+    same(await made.ask(*FOUR, request_id="1"), FOUR_GIVE)
+
+
+@at_a_desk(answer_bytes=100_000)
+async def test_a_refused_request_takes_no_memory_for_its_answer(made, engine):
+    await made.block()
+    with mock.patch.object(np, "full", side_effect=AssertionError("memory was taken")):
+        reason = await refusal(made.ask([1] * 100, client="b", outputs={"names": ["logits"]}))
+    assert reason is Reason.QUEUE_FULL
+    engine.release()
 
 
 @scenario
@@ -486,7 +503,8 @@ async def test_signs_of_life(made, engine):
     seen = []
     with mock.patch.object(service, "_HEARTBEAT_SECONDS", 0.02):
         task = made.ask(*FOUR * 2, [1, 2], seen=seen)
-        await settle()
+        while not seen:
+            await asyncio.sleep(0.01)
         engine.release()
         await task
     first = seen[0].progress

@@ -47,8 +47,10 @@ def test_what_was_measured_long_ago_is_tried_again():
     assert speeds.seconds("m", ONE) == pytest.approx(0.1)
     clock.seconds += 0.1
     assert speeds.seconds("m", ONE) is None
+    assert speeds.least_seconds("m", 128, 0) is None  # else nothing might ever run again
     speeds.note("m", ONE, 128, 0.1)
     assert speeds.seconds("m", ONE) == pytest.approx(0.1)
+    assert speeds.least_seconds("m", 128, 0) == pytest.approx(0.1)
 
 
 def test_the_pace_counts_rows_and_speeds_count_places():

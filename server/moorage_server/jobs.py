@@ -74,6 +74,11 @@ class Job:
         return self.work.nbytes + _TOKEN_BYTES * len(self.work.rows.tokens) + _JOB_BYTES
 
     @property
+    def is_put_aside(self) -> bool:
+        """Nobody waits for it, and it is not done: it does not wait for the devices, either."""
+        return not self.callers and not self.finished.is_set()
+
+    @property
     def rows_left(self) -> int:
         """How many of its rows wait or run."""
         return self.running + sum(map(len, self.waiting.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -140,13 +140,19 @@ def _part(rows: Rows, wanted: Wanted, profile: Profile, names: tuple[str, ...]) 
     return Part(
         profile,
         names,
-        1.0 if "logits" in names and not wanted.scales_logits else wanted.temperature,
+        _temperature(wanted, names),
         wanted.sizes.get(names[-1], 0),
         np.searchsorted(rows.row[chosen], np.arange(len(rows.lengths) + 1)),
         after.astype(np.int32),
         targets,
         _candidates(wanted, len(chosen)) if profile.candidates else np.zeros((1, 0), np.int32),
     )
+
+
+def _temperature(wanted: Wanted, names: Collection[str]) -> float:
+    """What the logits of some outputs are divided by: a score has no softmax."""
+    is_raw = "logits" in names and not wanted.scales_logits
+    return 1.0 if is_raw or "score" in names else wanted.temperature
 
 
 def _chosen(rows: Rows, wanted: Wanted, about: About) -> Int[np.ndarray, " n"]:

@@ -78,10 +78,16 @@ class Scheduler:
     def find(self, request_id: str, fingerprint: bytes) -> Job | None:
         """A request that was taken before, by its id.
 
+        One that had not run when its model went is forgotten: it begins anew.
+
         Raises:
             ServerError: INVALID_REQUEST if it is not the same.
         """
-        return self._answers.get(request_id, fingerprint)
+        job = self._answers.get(request_id, fingerprint)
+        if job and job.is_put_aside and job.model.state is not State.READY:
+            self._answers.drop(request_id)
+            return None
+        return job
 
     def check_room(self, client: str, tokens: int) -> None:
         """Refuses a request that would be too much, for its caller to know before it is looked at.
@@ -145,13 +151,7 @@ class Scheduler:
         Raises:
             ServerError: MODEL_NOT_LOADED if the model has gone while nobody waited.
         """
-        if not job.callers and not job.finished.is_set():
-            if job.model.state is not State.READY:
-                self._answers.drop(job.request_id)
-                raise ServerError(
-                    Reason.MODEL_NOT_LOADED,
-                    f"model {job.model.handle} was unloaded before this request had run",
-                )
+        if job.is_put_aside:
             self.queue.add(job)
             self._wake()
         if not job.callers:
@@ -172,6 +172,8 @@ class Scheduler:
         self._nbytes -= job.nbytes
         if job.request_id:
             self._answers.leave(job.request_id, job.nbytes, self._now())
+            if job.error:  # which may be over by the time that it comes again
+                self._answers.drop(job.request_id)
             asyncio.get_running_loop().call_later(RETENTION_SECONDS, self._expire)
 
     def _expire(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -31,6 +34,21 @@ class Timings:
     transfer: float = 0.0
 
 
+class TensorShape(NamedTuple):
+    """A tensor of an answer: its sizes and its dtype, which have four bytes an element."""
+
+    sizes: tuple[int, ...]
+    dtype: str
+
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return 4 * math.prod(self.sizes)
+
+    def empty(self, first_value: float) -> np.ndarray:
+        """One that says nothing yet: the value of first tokens, or of ids -1."""
+        return np.full(self.sizes, first_value if self.dtype == "float32" else -1, self.dtype)
+
+
 @dataclass
 class Work:
     """A request on its way to its answer.
@@ -39,7 +57,7 @@ class Work:
         rows: The rows.
         wanted: What is wanted of them.
         parts: What is asked of each program of the head.
-        tensors: The answer so far: by name `[n, ...]`, packed as the entries of the parts are.
+        shapes: Those of the tensors of the answer.
         row_lengths: How many entries of each tensor belong to each row.
         timings: Where the time went.
         buckets: The shapes that rows ran in.
@@ -49,7 +67,7 @@ class Work:
     rows: Rows
     wanted: Wanted
     parts: Sequence[Part]
-    tensors: dict[str, np.ndarray]
+    shapes: dict[str, TensorShape]
     row_lengths: dict[str, Int[np.ndarray, " r"]]
     timings: Timings = field(default_factory=Timings)
     buckets: set[Bucket] = field(default_factory=set)
@@ -58,7 +76,15 @@ class Work:
     @property
     def nbytes(self) -> int:
         """Bytes of the answer."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(map(TensorShape.nbytes, self.shapes.values()))
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The answer so far: by name `[n, ...]`, packed as the entries of the parts are.
+
+        Memory is taken when it is first asked for: a request that is refused has taken none.
+        """
+        return {name: shape.empty(self.wanted.first_value) for name, shape in self.shapes.items()}
 
     def runnable(self) -> list[int]:
         """The rows that must be run: something is wanted of them that can be said."""
@@ -100,20 +126,19 @@ def make_work(
     buckets: Sequence[Bucket],
     profiles: Sequence[Profile],
 ) -> Work:
-    """Checks a request and makes room for its answer.
+    """Checks a request.
 
     Raises:
         ServerError: See `plan_parts`.
     """
     parts = plan_parts(rows, wanted, config, buckets, profiles)
-    tensors, lengths = {}, {}
+    shapes, lengths = {}, {}
     for part in parts:
         for name, tensor in part.profile.tensors(part.names).items():
-            shape = (len(part.after), *tensor.width(config, part.size))
-            nothing = wanted.first_value if tensor.dtype == "float32" else -1
-            tensors[name] = np.full(shape, nothing, tensor.dtype)
+            sizes = (len(part.after), *tensor.width(config, part.size))
+            shapes[name] = TensorShape(sizes, tensor.dtype)
             lengths[name] = np.diff(part.offsets)
-    return Work(rows, wanted, parts, tensors, lengths)
+    return Work(rows, wanted, parts, shapes, lengths)
 
 
 @dataclass(frozen=True)

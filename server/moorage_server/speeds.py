@@ -59,22 +59,25 @@ class Speeds:
         So one that was slow by chance counts for a while, and is tried again.
         """
         speed = self._speeds.get((handle, bucket))
-        if speed is None or self._now() - speed.measured > FRESH_SECONDS:
-            return None
-        return bucket.rows * bucket.length / speed.tokens
+        is_known = speed is not None and self._is_new(speed)
+        return bucket.rows * bucket.length / speed.tokens if speed and is_known else None
 
     def least_seconds(self, handle: str, tokens: int, others: int) -> float | None:
-        """How long a request takes at the least, after others; None if its model never ran.
+        """How long a request takes at the least, after others; None if its model ran too long ago.
 
         Args:
             handle: Its model.
             tokens: Its tokens, padding included.
             others: Those of any models that run before it.
         """
-        own = [speed.tokens for (model, _), speed in self._speeds.items() if model == handle]
-        if not own:
-            return None
-        return tokens / max(own) + others / max(speed.tokens for speed in self._speeds.values())
+        fresh = [
+            (key[0], speed.tokens) for key, speed in self._speeds.items() if self._is_new(speed)
+        ]
+        own = [speed for model, speed in fresh if model == handle]
+        return tokens / max(own) + others / max(speed for _, speed in fresh) if own else None
+
+    def _is_new(self, speed: _Speed) -> bool:
+        return self._now() - speed.measured <= FRESH_SECONDS
 
 
 def _smoothed(earlier: float, latest: float) -> float:

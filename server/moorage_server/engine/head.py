@@ -78,11 +78,11 @@ def scaled_logits(
     cap the hidden states are divided.
     """
     name, linear = head_parameter(config), Linear(config, mesh)
-    table, cap = params[name], None if config.num_labels else config.final_softcap
-    if cap is None:
-        hidden = hidden / jnp.expand_dims(temperatures, 2)
+    table, cap = params[name], config.final_softcap
     if config.num_labels:
         return linear.project(hidden, name, table)
+    if cap is None:
+        hidden = hidden / jnp.expand_dims(temperatures, 2)
     stored = storage_spec(PARAMETERS[name].axes, table.shape, dict(mesh.shape))
     gathered = FSDP in stored[0]
 
