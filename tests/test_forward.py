@@ -191,6 +191,7 @@ def test_a_call_has_a_time_of_its_own(timeout):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(packing, "MAX_TOKENS", 10)
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)
 
 
 MANY = [np.arange(n) + 100 * n for n in (7, 9, 2, 8, 10, 1, 1, 14, 5, 3)]
@@ -204,6 +205,7 @@ def test_a_split_batch_gives_what_one_request_gives(ask, monkeypatch):
         whole = ask(fake.address, "forward", "a1b2", MANY, ["logprobs", "hidden"])
         assert len(fake.requests) == 1
         monkeypatch.setattr(packing, "MAX_TOKENS", 10)
+        monkeypatch.setattr(packing, "ROW_TOKENS", 1)
         split = ask(fake.address, "forward", "a1b2", MANY, ["logprobs", "hidden"])
     assert len(fake.requests) == 1 + 7
     assert list(split.tensors) == ["logprobs", "hidden"]

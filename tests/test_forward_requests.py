@@ -167,6 +167,7 @@ def test_an_unknown_option_is_a_type_error():
 def small(monkeypatch):
     """Requests of at most ten tokens."""
     monkeypatch.setattr(packing, "MAX_TOKENS", 10)
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)
 
 
 def test_rows_that_do_not_fit_go_into_several_requests(small):
@@ -224,6 +225,12 @@ def test_no_request_is_larger_than_3_mib_whatever_it_holds(rows):
 def test_a_request_has_at_most_128_ki_tokens():
     requests = batch.make("a1b2", [[1] * 1000] * 300, "logprobs", None).requests
     assert [len(r.row_lengths) for r in requests] == [131, 131, 38]
+
+
+def test_short_rows_count_as_a_server_pads_them():
+    """It bounds what waits, padding included: of more it would never have room for one request."""
+    requests = batch.make("a1b2", [[1, 2, 3]] * 9000, "logprobs", None).requests
+    assert [len(r.row_lengths) for r in requests] == [1024] * 8 + [808]
 
 
 def test_candidates_count_towards_the_size_of_a_request():

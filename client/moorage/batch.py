@@ -61,7 +61,7 @@ def make(  # noqa: D417 (the options are told of in one place)
         segment_ids: Shaped as `rows`, or None: each row is one segment.
 
     Returns:
-        The pass, in requests of 3 MiB at most, each with a fresh id.
+        The pass, in requests as `groups` cuts them, each with a fresh id.
 
     Raises:
         InvalidRequest: A value is of the wrong kind or shape, or contradicts another.
