@@ -231,6 +231,43 @@ def test_times_and_buckets_of_a_split_batch(ask, small):
     assert found.buckets == ((2, 128), (1, 16), (2, 16))
 
 
+def refusing(rows, seen):
+    """A server that refuses answers for more rows than so many."""
+
+    def answering(request, context):
+        seen.append(len(request.row_lengths))
+        if seen[-1] > rows:
+            code, limit = grpc.StatusCode.INVALID_ARGUMENT, {"limit": "64"}
+            fail(context, code, "it would have 99 bytes", "OUTPUT_TOO_LARGE", details=limit)
+        yield from computed(request)
+
+    return answering
+
+
+@pytest.mark.parametrize("tokens", [10, 1000])
+def test_a_request_whose_answer_is_too_large_is_cut_in_two(ask, monkeypatch, tokens):
+    seen = []
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)
+    monkeypatch.setattr(packing, "MAX_TOKENS", tokens)
+    with serving(Forward=refusing(1, seen)) as fake:
+        found = ask(fake.address, "forward", "a1b2", MANY, ["hidden"])
+    for row, hidden in zip(MANY, found.hidden, strict=True):
+        np.testing.assert_array_equal(hidden, np.stack([row, -row], axis=1))
+    assert seen.count(1) == len(MANY)
+    assert len({request.request_id for request in fake.requests}) == len(seen)
+
+
+def test_a_row_whose_answer_is_too_large_is_an_error(ask):
+    seen = []
+    with (
+        serving(Forward=refusing(0, seen)) as fake,
+        pytest.raises(moorage.InvalidRequest, match="99 bytes") as caught,
+    ):
+        ask(fake.address, "forward", "a1b2", MANY, ["hidden"])
+    assert (caught.value.reason, caught.value.details["limit"]) == ("OUTPUT_TOO_LARGE", "64")
+    assert seen == [10, 5, 2, 1]
+
+
 def test_weights_that_change_within_a_batch_are_an_error(ask, small):
     def answering(request, context):
         return iter(computed(request, weights_version=2 if request.token_ids[0] == 1400 else 1))

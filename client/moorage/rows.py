@@ -27,7 +27,7 @@ def ragged(rows: Rows, name: str, axes: int = 1) -> list[Integers]:
         axes: How many axes each row has.
 
     Returns:
-        The rows, int32; none is empty.
+        Copies of the rows, int32; none is empty.
 
     Raises:
         InvalidRequest: There is no row, or a row is empty or not of 32-bit integers.
@@ -51,7 +51,7 @@ def integers(value: Any, name: str, axes: int = 1) -> Integers:
         axes: How many axes they have.
 
     Returns:
-        The integers, int32; not empty.
+        A copy, int32; not empty.
 
     Raises:
         InvalidRequest: They are none, of another shape, no integers or too large.
@@ -71,4 +71,4 @@ def integers(value: Any, name: str, axes: int = 1) -> Integers:
             f"{name} holds {array.min()} to {array.max()}; 32-bit integers are sent",
             reason="TOKEN_OUT_OF_RANGE",
         )
-    return array.astype(np.int32, copy=False)
+    return array.astype(np.int32)
