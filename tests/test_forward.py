@@ -397,6 +397,24 @@ def test_a_waiting_future_is_cancelled_and_never_sent(monkeypatch):
     assert len(fake.requests) == 2
 
 
+def test_the_time_of_a_future_runs_while_it_waits_for_its_turn(monkeypatch):
+    monkeypatch.setattr(passes, "THREADS", 1)
+    released = threading.Event()
+
+    def answering(request, context):
+        released.wait(10)
+        return forward(request, context)
+
+    with serving(Forward=answering) as fake, moorage.connect(fake.address) as client:
+        first = client.forward_async("a1b2", ROWS)
+        second = client.forward_async("a1b2", ROWS, timeout=0.1)
+        time.sleep(0.2)
+        released.set()
+        with pytest.raises(moorage.DeadlineExceeded, match="longer timeout"):
+            second.result(10)
+        assert first.result(10).logprobs[0][1] == -1.5
+
+
 def test_a_future_that_is_done_is_not_cancelled():
     with serving(Forward=forward) as fake, moorage.connect(fake.address) as client:
         future = client.forward_async("a1b2", ROWS)

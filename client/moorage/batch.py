@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,11 +66,11 @@ class Batch:
 
     Attributes:
         parts: What is asked; the rows of one follow those of the one before.
-        timeout: Seconds for all of it, or None for any time.
+        deadline: When all of it is given up, on the clock of `time.monotonic`.
     """
 
     parts: Sequence[Part]
-    timeout: float | None
+    deadline: float
 
 
 def make(  # noqa: D417 (the options are told of in one place)
@@ -98,12 +99,14 @@ def make(  # noqa: D417 (the options are told of in one place)
         segment_ids: Shaped as `rows`, or None: each row is one segment.
 
     Returns:
-        The pass, in requests as `groups` cuts them. It holds copies of what is given.
+        The pass, in requests as `groups` cuts them. It holds copies of what is given,
+        and its time has begun.
 
     Raises:
         InvalidRequest: A value is of the wrong kind or shape, or contradicts another.
         MessageTooLarge: One row alone is too large for a request.
     """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     flat, sets = _candidates(candidates)
     packed = pack(rows, from_position, segment_ids, positions, sets)
     semantics = pb.Semantics(
@@ -130,7 +133,7 @@ def make(  # noqa: D417 (the options are told of in one place)
     if not 0 < semantics.temperature < math.inf:
         raise InvalidRequest(f"temperature is {temperature}; give a float32 above 0")
     cut = groups(packed, template.ByteSize() + _FIXED_BYTES)
-    return Batch([Part(template, part) for part in cut], timeout)
+    return Batch([Part(template, part) for part in cut], deadline)
 
 
 def _candidates(candidates: Any) -> tuple[pb.Candidates | None, Rows | None]:

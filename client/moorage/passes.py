@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -161,11 +159,10 @@ class ThreadPasses:
             settle()
 
     def _run(self, batch: Batch, stop: Stop) -> Scores:
-        deadline = _deadline(batch.timeout)
         if len(batch.parts) == 1:
-            return self._score(batch.parts[0], deadline, stop)
+            return self._score(batch.parts[0], batch.deadline, stop)
         with ThreadPoolExecutor(REQUESTS, "moorage request") as pool:
-            parts = [pool.submit(self._score, part, deadline, stop) for part in batch.parts]
+            parts = [pool.submit(self._score, part, batch.deadline, stop) for part in batch.parts]
             try:
                 for part in as_completed(parts):
                     part.result()
@@ -225,14 +222,13 @@ class TaskPasses:
 
     async def run(self, batch: Batch) -> Scores:
         """Runs a forward pass; see `ThreadPasses.run`."""
-        deadline = _deadline(batch.timeout)
         if len(batch.parts) == 1:
-            return await self._score(batch.parts[0], deadline)
+            return await self._score(batch.parts[0], batch.deadline)
         turns = asyncio.Semaphore(REQUESTS)
 
         async def score(part: Part) -> Scores:
             async with turns:
-                return await self._score(part, deadline)
+                return await self._score(part, batch.deadline)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -280,10 +276,6 @@ class TaskPasses:
             async with asyncio.timeout(seconds):
                 await self._stopped.wait()
             raise _stopped()
-
-
-def _deadline(timeout: float | None) -> float:
-    return math.inf if timeout is None else time.monotonic() + timeout
 
 
 def _stopped() -> Error:
