@@ -117,6 +117,14 @@ def test_candidates_for_each_position_as_one_array():
     np.testing.assert_array_equal(found, np.arange(8))
 
 
+def test_a_row_that_ends_before_its_first_position_has_a_table_without_lines():
+    sets = [np.array([[5, 6], [7, 8]]), np.zeros((0, 2), int)]
+    candidates = one([[1, 2, 3], [4]], candidates=sets, from_position=1).outputs.candidates
+    assert np.frombuffer(candidates.ids_by_position, "<i4").tolist() == [5, 6, 7, 8]
+    alone = one([[4]], candidates=sets[1:], from_position=1).outputs.candidates
+    assert (alone.ids_by_position, alone.count) == (b"", 2)
+
+
 WRONG = [
     ({"segment_ids": [[1, 1], [1, 1, 1]]}, "one id for each token"),
     ({"segment_ids": [[1, 1, 1]]}, "segment_ids is for 1 rows; there are 2"),
@@ -133,6 +141,8 @@ WRONG = [
     ({"candidates": []}, "candidates is empty"),
     ({"candidates": 5}, "candidates must be a list"),
     ({"candidates": [1.5]}, "candidates must be a flat row"),
+    ({"candidates": np.zeros((2, 3, 0), int)}, r"candidates\[0\] is empty"),
+    ({"candidates": np.zeros((2, 0, 3), int)}, r"for 0 positions; row 0 has 3"),
     ({"candidates": [[1], [2]]}, r"candidates\[0\] must be a table"),
     ({"candidates": [[[1], [2]], [[3], [4]]]}, r"for 2 positions; row 0 has 3"),
     ({"candidates": [[[1]] * 3, [[1, 2]] * 2]}, r"lines of \[1, 2\] tokens"),
@@ -296,6 +306,7 @@ def test_a_row_that_does_not_fit_says_what_would(from_position):
     assert most > 3 * 2**20 / 4 / wanted * 0.9
 
 
-def test_a_row_of_tokens_that_does_not_fit_says_so():
+@pytest.mark.parametrize("candidates", [None, [np.ones((0, 2), int)] * 2])
+def test_a_row_of_tokens_that_does_not_fit_says_so(candidates):
     with pytest.raises(moorage.MessageTooLarge, match="row 1 of 200000 tokens does not fit"):
-        one([[1], [1] * 200_000])
+        one([[1], [1] * 200_000], from_position=200_000, candidates=candidates)

@@ -298,6 +298,16 @@ def test_candidates_are_one_set_for_all_or_one_for_each(sets, second):
     assert asked[0].tolist() == [[*second, 0, 0, 0, 0, 0, 0]]
 
 
+def test_rows_without_a_wanted_position_have_no_set_of_candidates():
+    none = {"candidates": np.zeros(0, np.int32), "candidate_count": 2, "from_positions": (1,)}
+    rows = make_rows([1, 2], [1, 1], [])
+    assert run(rows, ["candidates"], **none)["candidates"].shape == (0, 2)
+    both = run(rows, ["logits", "candidates"], positions=np.arange(2, dtype=np.int32), **none)
+    assert (both["logits"][:, 0].tolist(), both["candidates"].shape) == ([100, 200], (0, 2))
+    error = refused(lambda: run(make_rows([1, 2], [2], []), ["candidates"], **none))
+    assert "there are 0 sets of candidates for 1 wanted positions" in error.message
+
+
 # What is refused.
 
 

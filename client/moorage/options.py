@@ -17,7 +17,7 @@ class ForwardOptions(TypedDict, total=False):
         top_k: Adds the output "top_k": how many tokens it gives at each position.
         candidates: Adds the output "candidates": the tokens whose log-probabilities are wanted.
             One flat list for all positions; or for each row an array [positions, tokens], with
-            one line for each wanted position of the row and as many tokens in all of them.
+            one line for each wanted position of the row, be it none, and as many tokens in all.
         layer: Of "hidden": after how many layers; 0 is the embeddings. None for after the last
             layer and the final norm.
         positions: Of "hidden" and "score": after which tokens they are wanted. Ragged as the

@@ -182,7 +182,7 @@ def _too_large(index: int, row: Row, fixed: int) -> MessageTooLarge:
     length = row.tokens.size
     room = MAX_BYTES - fixed - _ROW_BYTES
     sets, fits = "", f"{max(room // _TOKEN_BYTES, 0)} tokens would"
-    if row.sets is not None:
+    if row.sets is not None and row.wanted:
         sets = f" with {row.sets.shape[1]} candidates at each of {row.wanted} positions"
         most = max(room - _TOKEN_BYTES * length, 0) // (4 * row.wanted)
         fits = f"{most} at each would; or fewer positions, by from_position"

@@ -56,9 +56,8 @@ class Wanted:
 
     @property
     def has_whole_sets(self) -> bool:
-        """Whether the candidates are sets of as many as is said."""
-        count = self.candidate_count
-        return count > 0 and self.candidates.size > 0 and self.candidates.size % count == 0
+        """Whether the candidates are sets of as many as is said; where nothing is wanted, none."""
+        return self.candidate_count > 0 and self.candidates.size % self.candidate_count == 0
 
 
 @dataclass(frozen=True)
