@@ -274,6 +274,13 @@ def test_values_at_chosen_positions():
     assert found["logprobs"].shape == (5,)  # those are about tokens, not after them
 
 
+def test_chosen_positions_of_some_outputs_beside_a_first_position_of_others():
+    wanted = {"positions": np.array([0], np.int32), "from_positions": (2,)}
+    found = run(make_rows([1, 2, 3], [3], []), ["logits", "logprobs"], **wanted)
+    np.testing.assert_array_equal(found["logits"][:, 0], [100])
+    np.testing.assert_array_equal(found["logprobs"], [201])
+
+
 def test_a_top_k_is_as_wide_as_was_asked():
     found = run(make_rows([1, 2, 3], [3], []), ["top_k"], top_k=5)
     assert found["top_k_ids"].tolist() == [
@@ -437,6 +444,15 @@ IDS = np.arange(4, dtype=np.int32)
         ({"outputs": ("logits",), "positions": np.array([0, 3], np.int32)}, "from 0 to 2"),
         ({"outputs": ("logits",), "positions": np.array([1, 1], np.int32)}, "rising order"),
         ({"outputs": ("logits",), "positions": np.array([-1], np.int32)}, "rising order"),
+        ({"outputs": ("logprobs",), "positions": IDS[:3]}, "none is asked for: leave them out"),
+        (
+            {"outputs": ("top_k", "entropy"), "top_k": 2, "positions": IDS[:1]},
+            "or give from_positions",
+        ),
+        (
+            {"outputs": ("hidden",), "positions": IDS[:1], "from_positions": (1,)},
+            "from_positions are given beside positions",
+        ),
     ],
     ids=str,
 )
