@@ -166,9 +166,17 @@ def test_places_that_are_left_go_to_others():
 # Room.
 
 
-def test_anything_may_come_into_an_empty_queue():
-    queue = queue_of(capacity=1000)
-    assert queue.excess("a", 1001) == 0
+def test_who_has_nothing_waiting_may_bring_anything_while_something_is_free():
+    queue = queue_of(capacity=3 * 128)
+    assert queue.excess("a", 1 << 40) == 0
+    queue.add(job("a", SHORT, SHORT))
+    assert queue.excess("a", 128) == 2 * 128
+    assert queue.excess("a", 1 << 40) == 2 * 128  # then nothing waits
+    assert queue.excess("b", 1 << 40) == 0
+    queue.add(job("b", SHORT))
+    assert queue.excess("c", 128) == 1
+    queue.pick()
+    assert queue.excess("c", 1 << 40) == 0
 
 
 def test_a_greedy_client_leaves_room_for_others():
@@ -178,8 +186,9 @@ def test_a_greedy_client_leaves_room_for_others():
         taken += 1
     assert taken == 50
     assert queue.excess("greedy", 128) == 128
-    assert queue.excess("modest", 50 * 128) == 0
-    assert queue.excess("modest", 53 * 128) == 3 * 128
+    queue.add(job("modest", *[SHORT] * 20))
+    assert queue.excess("modest", 10 * 128) == 0
+    assert queue.excess("modest", 13 * 128) == 3 * 128
 
 
 def test_how_much_is_ahead():
@@ -224,6 +233,30 @@ class Backlogged:
             least, most = self._spans.get(pair, (apart, apart))
             self._spans[pair] = [min(least, apart), max(most, apart)]
             assert max(most, apart) - min(least, apart) <= 2 * (BATCH + 512)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.one_of(ADD, ADD, PICK), max_size=60), st.integers(1, 40 * 128))
+def test_what_waits_is_bounded_and_nobody_is_refused_for_ever(events, capacity):
+    """A refused client has something waiting, or finds a full queue; both pass."""
+    queue, refused = FairQueue(capacity), []
+    for name, *what in events:
+        if name == "pick":
+            queue.pick()
+            continue
+        client, lengths, (handle, layer) = what
+        asked = job(client, *lengths, handle=handle, layer=layer)
+        own, full = queue.tokens_of(client), queue.tokens >= capacity
+        if queue.excess(client, asked.tokens):
+            assert own or full
+            refused.append(asked)
+        else:
+            assert not full
+            queue.add(asked)
+            assert not own or queue.tokens + own <= capacity
+    while queue.pick():
+        pass
+    assert not any(queue.excess(asked.client, asked.tokens) for asked in refused)
 
 
 @settings(deadline=None, max_examples=50)

@@ -191,6 +191,7 @@ def test_a_call_has_a_time_of_its_own(timeout):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(packing, "MAX_TOKENS", 10)
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)
 
 
 MANY = [np.arange(n) + 100 * n for n in (7, 9, 2, 8, 10, 1, 1, 14, 5, 3)]
@@ -204,6 +205,7 @@ def test_a_split_batch_gives_what_one_request_gives(ask, monkeypatch):
         whole = ask(fake.address, "forward", "a1b2", MANY, ["logprobs", "hidden"])
         assert len(fake.requests) == 1
         monkeypatch.setattr(packing, "MAX_TOKENS", 10)
+        monkeypatch.setattr(packing, "ROW_TOKENS", 1)
         split = ask(fake.address, "forward", "a1b2", MANY, ["logprobs", "hidden"])
     assert len(fake.requests) == 1 + 7
     assert list(split.tensors) == ["logprobs", "hidden"]
@@ -227,6 +229,43 @@ def test_times_and_buckets_of_a_split_batch(ask, small):
         found = ask(fake.address, "forward", "a1b2", [[1] * 6, [1] * 5, [1] * 5], ["hidden"])
     assert found.times == moorage.Times(queue=2.25, pad=1.0, execute=3.5, transfer=0.25)
     assert found.buckets == ((2, 128), (1, 16), (2, 16))
+
+
+def refusing(rows, seen):
+    """A server that refuses answers for more rows than so many."""
+
+    def answering(request, context):
+        seen.append(len(request.row_lengths))
+        if seen[-1] > rows:
+            code, limit = grpc.StatusCode.INVALID_ARGUMENT, {"limit": "64"}
+            fail(context, code, "it would have 99 bytes", "OUTPUT_TOO_LARGE", details=limit)
+        yield from computed(request)
+
+    return answering
+
+
+@pytest.mark.parametrize("tokens", [10, 1000])
+def test_a_request_whose_answer_is_too_large_is_cut_in_two(ask, monkeypatch, tokens):
+    seen = []
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)
+    monkeypatch.setattr(packing, "MAX_TOKENS", tokens)
+    with serving(Forward=refusing(1, seen)) as fake:
+        found = ask(fake.address, "forward", "a1b2", MANY, ["hidden"])
+    for row, hidden in zip(MANY, found.hidden, strict=True):
+        np.testing.assert_array_equal(hidden, np.stack([row, -row], axis=1))
+    assert seen.count(1) == len(MANY)
+    assert len({request.request_id for request in fake.requests}) == len(seen)
+
+
+def test_a_row_whose_answer_is_too_large_is_an_error(ask):
+    seen = []
+    with (
+        serving(Forward=refusing(0, seen)) as fake,
+        pytest.raises(moorage.InvalidRequest, match="99 bytes") as caught,
+    ):
+        ask(fake.address, "forward", "a1b2", MANY, ["hidden"])
+    assert (caught.value.reason, caught.value.details["limit"]) == ("OUTPUT_TOO_LARGE", "64")
+    assert seen == [10, 5, 2, 1]
 
 
 def test_weights_that_change_within_a_batch_are_an_error(ask, small):
@@ -356,6 +395,24 @@ def test_a_waiting_future_is_cancelled_and_never_sent(monkeypatch):
         assert hanging.running.acquire(timeout=10)
         third.cancel()
     assert len(fake.requests) == 2
+
+
+def test_the_time_of_a_future_runs_while_it_waits_for_its_turn(monkeypatch):
+    monkeypatch.setattr(passes, "THREADS", 1)
+    released = threading.Event()
+
+    def answering(request, context):
+        released.wait(10)
+        return forward(request, context)
+
+    with serving(Forward=answering) as fake, moorage.connect(fake.address) as client:
+        first = client.forward_async("a1b2", ROWS)
+        second = client.forward_async("a1b2", ROWS, timeout=0.1)
+        time.sleep(0.2)
+        released.set()
+        with pytest.raises(moorage.DeadlineExceeded, match="longer timeout"):
+            second.result(10)
+        assert first.result(10).logprobs[0][1] == -1.5
 
 
 def test_a_future_that_is_done_is_not_cancelled():

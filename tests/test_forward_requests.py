@@ -12,9 +12,14 @@ from moorage.v1 import moorage_pb2 as pb
 ROWS = [[2, 651, 5277], [2, 1841]]
 
 
+def several(*arguments, **options) -> list[pb.ForwardRequest]:
+    """The requests of a pass."""
+    return [part.request() for part in batch.make(*arguments, **options).parts]
+
+
 def one(rows=ROWS, outputs=("logprobs",), segment_ids=None, **options) -> pb.ForwardRequest:
     """The only request of a pass."""
-    (request,) = batch.make("a1b2", rows, outputs, segment_ids, **options).requests
+    (request,) = several("a1b2", rows, outputs, segment_ids, **options)
     return request
 
 
@@ -112,6 +117,14 @@ def test_candidates_for_each_position_as_one_array():
     np.testing.assert_array_equal(found, np.arange(8))
 
 
+def test_a_row_that_ends_before_its_first_position_has_a_table_without_lines():
+    sets = [np.array([[5, 6], [7, 8]]), np.zeros((0, 2), int)]
+    candidates = one([[1, 2, 3], [4]], candidates=sets, from_position=1).outputs.candidates
+    assert np.frombuffer(candidates.ids_by_position, "<i4").tolist() == [5, 6, 7, 8]
+    alone = one([[4]], candidates=sets[1:], from_position=1).outputs.candidates
+    assert (alone.ids_by_position, alone.count) == (b"", 2)
+
+
 WRONG = [
     ({"segment_ids": [[1, 1], [1, 1, 1]]}, "one id for each token"),
     ({"segment_ids": [[1, 1, 1]]}, "segment_ids is for 1 rows; there are 2"),
@@ -128,6 +141,8 @@ WRONG = [
     ({"candidates": []}, "candidates is empty"),
     ({"candidates": 5}, "candidates must be a list"),
     ({"candidates": [1.5]}, "candidates must be a flat row"),
+    ({"candidates": np.zeros((2, 3, 0), int)}, r"candidates\[0\] is empty"),
+    ({"candidates": np.zeros((2, 0, 3), int)}, r"for 0 positions; row 0 has 3"),
     ({"candidates": [[1], [2]]}, r"candidates\[0\] must be a table"),
     ({"candidates": [[[1], [2]], [[3], [4]]]}, r"for 2 positions; row 0 has 3"),
     ({"candidates": [[[1]] * 3, [[1, 2]] * 2]}, r"lines of \[1, 2\] tokens"),
@@ -167,12 +182,13 @@ def test_an_unknown_option_is_a_type_error():
 def small(monkeypatch):
     """Requests of at most ten tokens."""
     monkeypatch.setattr(packing, "MAX_TOKENS", 10)
+    monkeypatch.setattr(packing, "ROW_TOKENS", 1)
 
 
 def test_rows_that_do_not_fit_go_into_several_requests(small):
     rows = [np.arange(n) + 10 * n for n in (6, 4, 1, 12, 9, 1)]
     starts = [0, 1, 0, 1, 0, 0]
-    requests = batch.make(
+    requests = several(
         "a1b2",
         rows,
         "hidden",
@@ -184,7 +200,7 @@ def test_rows_that_do_not_fit_go_into_several_requests(small):
         ],
         from_position=starts,
         timeout=5,
-    ).requests
+    )
     assert [list(r.row_lengths) for r in requests] == [[6, 4], [1], [12], [9, 1]]
     assert [list(r.from_positions) for r in requests] == [[0, 1], [], [1], []]
     assert [list(r.outputs.positions) for r in requests] == [[0, 5, 6, 9], [0], [0, 11], [0, 8, 9]]
@@ -203,18 +219,52 @@ def test_rows_that_do_not_fit_go_into_several_requests(small):
         assert list(request.outputs.names) == ["hidden", "candidates"]
 
 
+def test_a_part_is_cut_in_two_with_all_that_is_given_for_its_rows():
+    rows = [[1, 2, 3], [4, 5], [6, 7]]
+    (part,) = batch.make(
+        "a1b2",
+        rows,
+        ["hidden", "logprobs"],
+        [[1, 1, 2], [1, 1], [1, 2]],
+        positions=[[0, -1], [1], [-2]],
+        candidates=[[[8], [9]], [[10]], [[11], [12]]],
+        from_position=[1, 1, 0],
+    ).parts
+    refusal = moorage.InvalidRequest("too large", reason="OUTPUT_TOO_LARGE")
+    first, rest = part.halves(refusal)
+    one, other = first.request(), rest.request()
+    assert (list(one.token_ids), list(other.token_ids)) == ([1, 2, 3], [4, 5, 6, 7])
+    assert (list(one.segment_ids), list(other.segment_ids)) == ([1, 1, 2], [1, 1, 1, 2])
+    assert (list(one.from_positions), list(other.from_positions)) == ([1], [1, 0])
+    assert (list(one.outputs.positions), list(other.outputs.positions)) == ([0, 2], [1, 2])
+    sets = [np.frombuffer(r.outputs.candidates.ids_by_position, "<i4") for r in (one, other)]
+    assert [values.tolist() for values in sets] == [[8, 9], [10, 11, 12]]
+    assert len({r.request_id for r in (part.request(), one, other)}) == 3
+    with pytest.raises(moorage.InvalidRequest, match="too large"):
+        first.halves(refusal)
+    with pytest.raises(moorage.NotFound):
+        part.halves(moorage.NotFound("gone"))
+
+
+def test_what_is_given_may_change_once_the_pass_has_begun():
+    rows = np.array([[1, 2], [3, 4]], np.int32)
+    (part,) = batch.make("a1b2", rows, (), None).parts
+    rows[:] = 9
+    assert list(part.request().token_ids) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("rows", [300, 3])
 def test_no_request_is_larger_than_3_mib_whatever_it_holds(rows):
     """Negative ids are the longest varints, and are the server's to refuse."""
     tokens = [np.full(200_000 // rows, -1)] * rows
-    requests = batch.make(
+    requests = several(
         "h" * 64,
         tokens,
         "hidden",
         [np.full(row.size, 2**31 - 1) for row in tokens],
         positions=[np.arange(row.size) for row in tokens],
         candidates=[100_000] * 10_000,
-    ).requests
+    )
     assert sum(len(r.row_lengths) for r in requests) == rows
     sizes = [r.ByteSize() for r in requests]
     assert max(sizes) <= 3 << 20
@@ -222,13 +272,19 @@ def test_no_request_is_larger_than_3_mib_whatever_it_holds(rows):
 
 
 def test_a_request_has_at_most_128_ki_tokens():
-    requests = batch.make("a1b2", [[1] * 1000] * 300, "logprobs", None).requests
+    requests = several("a1b2", [[1] * 1000] * 300, "logprobs", None)
     assert [len(r.row_lengths) for r in requests] == [131, 131, 38]
+
+
+def test_short_rows_count_as_a_server_pads_them():
+    """It bounds what waits, padding included: of more it would never have room for one request."""
+    requests = several("a1b2", [[1, 2, 3]] * 9000, "logprobs", None)
+    assert [len(r.row_lengths) for r in requests] == [1024] * 8 + [808]
 
 
 def test_candidates_count_towards_the_size_of_a_request():
     rows, sets = [[1] * 1000] * 4, [np.ones((1000, 512), int)] * 4
-    requests = batch.make("a1b2", rows, (), None, candidates=sets).requests
+    requests = several("a1b2", rows, (), None, candidates=sets)
     assert [len(r.row_lengths) for r in requests] == [1, 1, 1, 1]
     assert all(1 << 20 < r.ByteSize() < 3 << 20 for r in requests)
 
@@ -243,13 +299,14 @@ def test_a_row_that_does_not_fit_says_what_would(from_position):
     assert text in caught.value.message
     most = int(caught.value.message.split("; ")[1].split()[0])
     fitting = [np.ones((1, most), int), sets[1][:, :most]]
-    requests = batch.make(
+    requests = several(
         "a1b2", [[1], [1] * 2000], (), None, candidates=fitting, from_position=[0, from_position]
-    ).requests
+    )
     assert max(r.ByteSize() for r in requests) <= 3 << 20
     assert most > 3 * 2**20 / 4 / wanted * 0.9
 
 
-def test_a_row_of_tokens_that_does_not_fit_says_so():
+@pytest.mark.parametrize("candidates", [None, [np.ones((0, 2), int)] * 2])
+def test_a_row_of_tokens_that_does_not_fit_says_so(candidates):
     with pytest.raises(moorage.MessageTooLarge, match="row 1 of 200000 tokens does not fit"):
-        one([[1], [1] * 200_000])
+        one([[1], [1] * 200_000], from_position=200_000, candidates=candidates)

@@ -441,6 +441,19 @@ async def test_a_full_queue_says_when_to_come_again(made, engine):
     await made.ask(*FOUR * 50)
 
 
+@at_a_desk(queue_tokens=8 * 128)
+async def test_a_request_larger_than_the_queue_comes_in_beside_others(made, engine):
+    await made.block()
+    asked = [made.ask(*FOUR)]
+    await settle()
+    asked.append(made.ask(*FOUR * 50, client="b"))
+    await settle()
+    assert made.scheduler.queue.tokens == 204 * 128
+    assert await refusal(made.ask([9, 5], client="c")) is Reason.QUEUE_FULL
+    engine.release()
+    await asyncio.gather(*asked)
+
+
 class Slow(EngineDouble):
     """Takes 50 ms for a batch of any size."""
 
@@ -449,7 +462,7 @@ class Slow(EngineDouble):
         return super().forward(handle, batch, questions)
 
 
-@at_a_desk(Slow, queue_tokens=400 * 128)
+@at_a_desk(Slow, queue_tokens=200 * 128)
 async def test_when_to_come_again_follows_from_what_was_measured(made, engine):
     await made.ask(*FOUR * 4)
     waiting = made.ask(*FOUR * 100)
@@ -457,7 +470,7 @@ async def test_when_to_come_again_follows_from_what_was_measured(made, engine):
     with pytest.raises(ServerError) as caught:
         await made.ask(*FOUR * 40, client="b")
     await abandon(waiting)
-    assert 1.5 < caught.value.retry_after < 4  # 160 rows, less a few, at four in 50 ms
+    assert 1.5 < caught.value.retry_after < 4  # until 200 rows are left, at four in 50 ms
 
 
 @at_a_desk(Slow)

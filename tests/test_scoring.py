@@ -274,6 +274,13 @@ def test_values_at_chosen_positions():
     assert found["logprobs"].shape == (5,)  # those are about tokens, not after them
 
 
+def test_chosen_positions_of_some_outputs_beside_a_first_position_of_others():
+    wanted = {"positions": np.array([0], np.int32), "from_positions": (2,)}
+    found = run(make_rows([1, 2, 3], [3], []), ["logits", "logprobs"], **wanted)
+    np.testing.assert_array_equal(found["logits"][:, 0], [100])
+    np.testing.assert_array_equal(found["logprobs"], [201])
+
+
 def test_a_top_k_is_as_wide_as_was_asked():
     found = run(make_rows([1, 2, 3], [3], []), ["top_k"], top_k=5)
     assert found["top_k_ids"].tolist() == [
@@ -296,6 +303,16 @@ def test_candidates_are_one_set_for_all_or_one_for_each(sets, second):
     ids = np.array(sets, np.int32).reshape(-1)
     run(make_rows([1, 2], [2], []), ["candidates"], forward, candidates=ids, candidate_count=2)
     assert asked[0].tolist() == [[*second, 0, 0, 0, 0, 0, 0]]
+
+
+def test_rows_without_a_wanted_position_have_no_set_of_candidates():
+    none = {"candidates": np.zeros(0, np.int32), "candidate_count": 2, "from_positions": (1,)}
+    rows = make_rows([1, 2], [1, 1], [])
+    assert run(rows, ["candidates"], **none)["candidates"].shape == (0, 2)
+    both = run(rows, ["logits", "candidates"], positions=np.arange(2, dtype=np.int32), **none)
+    assert (both["logits"][:, 0].tolist(), both["candidates"].shape) == ([100, 200], (0, 2))
+    error = refused(lambda: run(make_rows([1, 2], [2], []), ["candidates"], **none))
+    assert "there are 0 sets of candidates for 1 wanted positions" in error.message
 
 
 # What is refused.
@@ -427,6 +444,15 @@ IDS = np.arange(4, dtype=np.int32)
         ({"outputs": ("logits",), "positions": np.array([0, 3], np.int32)}, "from 0 to 2"),
         ({"outputs": ("logits",), "positions": np.array([1, 1], np.int32)}, "rising order"),
         ({"outputs": ("logits",), "positions": np.array([-1], np.int32)}, "rising order"),
+        ({"outputs": ("logprobs",), "positions": IDS[:3]}, "none is asked for: leave them out"),
+        (
+            {"outputs": ("top_k", "entropy"), "top_k": 2, "positions": IDS[:1]},
+            "or give from_positions",
+        ),
+        (
+            {"outputs": ("hidden",), "positions": IDS[:1], "from_positions": (1,)},
+            "from_positions are given beside positions",
+        ),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 import moorage
 from golden_server import bad, channel, client, golden_case, load, server
+from moorage_server import requests
 
 # The numbers.
 
@@ -72,6 +73,17 @@ def test_an_answer_of_many_chunks(client):
         np.testing.assert_allclose(
             scores.logits[row], expected["logits"][row % 2], rtol=0, atol=tolerance
         )
+
+
+def test_a_batch_of_which_the_answer_is_too_large_is_one_call(client, monkeypatch):
+    rows, _, _, _ = golden_case("llama3", "long")
+    model = load(client)
+    whole = model.forward(rows * 3, ["logits"], from_position=1)
+    monkeypatch.setattr(requests, "MAX_OUTPUT_BYTES", max(row.nbytes for row in whole.logits))
+    cut = model.forward(rows * 3, ["logits"], from_position=1)
+    assert len(cut.request_id.split(",")) > 3
+    for one, other in zip(whole.logits, cut.logits, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_concurrent_passes_give_the_same_bits_as_alone(client):

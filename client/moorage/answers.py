@@ -204,7 +204,8 @@ class Model(Generic[T_co]):
     ) -> T_co:
         """Runs a forward pass.
 
-        Rows that do not fit into one request are sent in several, and their answers put together.
+        Rows that do not fit into one request, or their values into one answer, are sent in several,
+        and the answers put together.
         If the connection breaks, the pass goes on in the server and the call comes back for what
         is missing; where too much work waits, it tries again when the server says so.
 

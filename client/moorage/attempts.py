@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from moorage.assembly import Assembly
-from moorage.errors import Cancelled, DataLoss, Error, Unavailable
+from moorage.errors import Cancelled, DataLoss, DeadlineExceeded, Error, Unavailable
 from moorage.scores import Scores
 from moorage.transport import Resumption
 from moorage.v1 import moorage_pb2 as pb
@@ -67,9 +67,17 @@ class ForwardWatch:
         Returns:
             The request for what has not come yet, and the seconds that are left for it, or None
             for any time.
+
+        Raises:
+            DeadlineExceeded: None is left: gRPC would let a quick server answer all the same.
         """
         left = self._deadline - self._now()
-        return self._assembly.begin(), None if math.isinf(left) else max(left, 0.0)
+        if left <= 0:
+            raise DeadlineExceeded(
+                "the time of the forward pass was over before it could be sent; give the call, or "
+                "connect(), a longer timeout"
+            )
+        return self._assembly.begin(), None if math.isinf(left) else left
 
     def see(self, response: pb.ForwardResponse) -> None:
         """Takes the next message.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moorage.enums import number_of
-from moorage.errors import InvalidRequest
+from moorage.errors import Error, InvalidRequest
 from moorage.options import FirstToken, LogitScale
 from moorage.packing import Row, groups, pack
 from moorage.rows import Rows, integers
@@ -23,16 +24,53 @@ _FIXED_BYTES = 128
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows of a forward pass that one request is for.
+
+    Attributes:
+        template: What all requests of the pass have in common.
+        rows: The rows.
+    """
+
+    template: pb.ForwardRequest
+    rows: Sequence[Row]
+
+    def request(self) -> pb.ForwardRequest:
+        """Asks for the rows, under a fresh id."""
+        return _request(self.template, self.rows)
+
+    def halves(self, refusal: Error) -> tuple[Part, Part]:
+        """Cuts the rows in two, if the answer for all of them is too large.
+
+        How large it may be, and would be, is the server's to say: a handle tells neither the
+        vocabulary nor the width of its model.
+
+        Args:
+            refusal: Why the request was refused.
+
+        Returns:
+            The first half, and the rest.
+
+        Raises:
+            Error: `refusal` itself, if it says something else or there is one row only.
+        """
+        if refusal.reason != "OUTPUT_TOO_LARGE" or len(self.rows) == 1:
+            raise refusal
+        middle = len(self.rows) // 2
+        return Part(self.template, self.rows[:middle]), Part(self.template, self.rows[middle:])
+
+
+@dataclass(frozen=True)
 class Batch:
     """One forward pass.
 
     Attributes:
-        requests: What is asked; the rows of one follow those of the one before.
-        timeout: Seconds for all of it, or None for any time.
+        parts: What is asked; the rows of one follow those of the one before.
+        deadline: When all of it is given up, on the clock of `time.monotonic`.
     """
 
-    requests: Sequence[pb.ForwardRequest]
-    timeout: float | None
+    parts: Sequence[Part]
+    deadline: float
 
 
 def make(  # noqa: D417 (the options are told of in one place)
@@ -61,12 +99,14 @@ def make(  # noqa: D417 (the options are told of in one place)
         segment_ids: Shaped as `rows`, or None: each row is one segment.
 
     Returns:
-        The pass, in requests of 3 MiB at most, each with a fresh id.
+        The pass, in requests as `groups` cuts them. It holds copies of what is given,
+        and its time has begun.
 
     Raises:
         InvalidRequest: A value is of the wrong kind or shape, or contradicts another.
         MessageTooLarge: One row alone is too large for a request.
     """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     flat, sets = _candidates(candidates)
     packed = pack(rows, from_position, segment_ids, positions, sets)
     semantics = pb.Semantics(
@@ -92,8 +132,8 @@ def make(  # noqa: D417 (the options are told of in one place)
         raise InvalidRequest(f"an argument of forward() is of the wrong kind: {error}") from error
     if not 0 < semantics.temperature < math.inf:
         raise InvalidRequest(f"temperature is {temperature}; give a float32 above 0")
-    parts = groups(packed, template.ByteSize() + _FIXED_BYTES)
-    return Batch([_request(template, part) for part in parts], timeout)
+    cut = groups(packed, template.ByteSize() + _FIXED_BYTES)
+    return Batch([Part(template, part) for part in cut], deadline)
 
 
 def _candidates(candidates: Any) -> tuple[pb.Candidates | None, Rows | None]:

@@ -17,12 +17,13 @@ class ForwardOptions(TypedDict, total=False):
         top_k: Adds the output "top_k": how many tokens it gives at each position.
         candidates: Adds the output "candidates": the tokens whose log-probabilities are wanted.
             One flat list for all positions; or for each row an array [positions, tokens], with
-            one line for each wanted position of the row and as many tokens in all of them.
+            one line for each wanted position of the row, be it none, and as many tokens in all.
         layer: Of "hidden": after how many layers; 0 is the embeddings. None for after the last
             layer and the final norm.
-        positions: Of "hidden" and "score": after which tokens they are wanted. Ragged as the
-            rows, rising within each; negative ones count from the row's end. None for all
-            wanted positions, and for "score" the last one of each segment.
+        positions: Of "hidden", "logits" and "score": after which tokens they are wanted. Ragged as
+            the rows, rising within each; negative ones count from the row's end. None for all
+            wanted positions, and for "score" the last one of each segment. `from_position` then
+            is of the other outputs, and is refused without any.
         temperature: The logits are divided by this before the softmax; 1 if left out.
         logit_scale: "raw" gives "logits" as the model has them, "scaled" divided by the
             temperature; "raw" if left out.

@@ -13,6 +13,9 @@ from moorage.rows import Integers, Rows, integers, ragged
 MAX_TOKENS = 128 << 10
 """Tokens of one request; a longer row goes alone."""
 
+ROW_TOKENS = 128
+"""What a row counts as at the least: servers pad rows to that or more, and bound what waits so."""
+
 MAX_BYTES = 3 << 20
 """Bytes of one request; servers take 4 MiB."""
 
@@ -45,6 +48,11 @@ class Row:
     def wanted(self) -> int:
         """How many positions are wanted."""
         return max(self.tokens.size - self.start, 0)
+
+    @property
+    def counted(self) -> int:
+        """How many tokens it is of `MAX_TOKENS`."""
+        return max(self.tokens.size, ROW_TOKENS)
 
     @property
     def size(self) -> int:
@@ -162,11 +170,11 @@ def groups(rows: Sequence[Row], fixed: int) -> Iterator[list[Row]]:
     for index, row in enumerate(rows):
         if fixed + row.size > MAX_BYTES:
             raise _too_large(index, row, fixed)
-        if group and (tokens + row.tokens.size > MAX_TOKENS or size + row.size > MAX_BYTES):
+        if group and (tokens + row.counted > MAX_TOKENS or size + row.size > MAX_BYTES):
             yield group
             group, tokens, size = [], 0, fixed
         group.append(row)
-        tokens, size = tokens + row.tokens.size, size + row.size
+        tokens, size = tokens + row.counted, size + row.size
     yield group
 
 
@@ -174,7 +182,7 @@ def _too_large(index: int, row: Row, fixed: int) -> MessageTooLarge:
     length = row.tokens.size
     room = MAX_BYTES - fixed - _ROW_BYTES
     sets, fits = "", f"{max(room // _TOKEN_BYTES, 0)} tokens would"
-    if row.sets is not None:
+    if row.sets is not None and row.wanted:
         sets = f" with {row.sets.shape[1]} candidates at each of {row.wanted} positions"
         most = max(room - _TOKEN_BYTES * length, 0) // (4 * row.wanted)
         fits = f"{most} at each would; or fewer positions, by from_position"

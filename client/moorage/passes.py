@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -13,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from moorage.attempts import ForwardWatch
-from moorage.batch import Batch
+from moorage.batch import Batch, Part
 from moorage.errors import Cancelled, Error, translated
 from moorage.scores import Scores, joined
 from moorage.transport import Call, cancelling, closed
@@ -161,11 +159,10 @@ class ThreadPasses:
             settle()
 
     def _run(self, batch: Batch, stop: Stop) -> Scores:
-        watches = _watches(batch, answered=self.answered)
-        if len(watches) == 1:
-            return self._follow(watches[0], stop)
+        if len(batch.parts) == 1:
+            return self._score(batch.parts[0], batch.deadline, stop)
         with ThreadPoolExecutor(REQUESTS, "moorage request") as pool:
-            parts = [pool.submit(self._follow, watch, stop) for watch in watches]
+            parts = [pool.submit(self._score, part, batch.deadline, stop) for part in batch.parts]
             try:
                 for part in as_completed(parts):
                     part.result()
@@ -173,6 +170,16 @@ class ThreadPasses:
                 stop.set()
                 raise
         return joined([part.result() for part in parts])
+
+    def _score(self, part: Part, deadline: float, stop: Stop) -> Scores:
+        """Follows one request, or if its answer would be too large, one after another for it."""
+        try:
+            watch = ForwardWatch(part.request(), deadline, answered=self.answered)
+            return self._follow(watch, stop)
+        except Error as error:
+            halves = part.halves(error)
+        self.answered = True
+        return joined([self._score(half, deadline, stop) for half in halves])
 
     def _follow(self, watch: ForwardWatch, stop: Stop) -> Scores:
         while not watch.complete:
@@ -215,18 +222,17 @@ class TaskPasses:
 
     async def run(self, batch: Batch) -> Scores:
         """Runs a forward pass; see `ThreadPasses.run`."""
-        watches = _watches(batch, answered=self.answered)
-        if len(watches) == 1:
-            return await self._follow(watches[0])
+        if len(batch.parts) == 1:
+            return await self._score(batch.parts[0], batch.deadline)
         turns = asyncio.Semaphore(REQUESTS)
 
-        async def follow(watch: ForwardWatch) -> Scores:
+        async def score(part: Part) -> Scores:
             async with turns:
-                return await self._follow(watch)
+                return await self._score(part, batch.deadline)
 
         try:
             async with asyncio.TaskGroup() as group:
-                parts = [group.create_task(follow(watch)) for watch in watches]
+                parts = [group.create_task(score(part)) for part in batch.parts]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return joined([part.result() for part in parts])
@@ -234,6 +240,16 @@ class TaskPasses:
     def stop(self) -> None:
         """Ends what waits to try again; a closed channel ends the rest."""
         self._stopped.set()
+
+    async def _score(self, part: Part, deadline: float) -> Scores:
+        """Follows one request, or if its answer would be too large, one after another for it."""
+        try:
+            watch = ForwardWatch(part.request(), deadline, answered=self.answered)
+            return await self._follow(watch)
+        except Error as error:
+            halves = part.halves(error)
+        self.answered = True
+        return joined([await self._score(half, deadline) for half in halves])
 
     async def _follow(self, watch: ForwardWatch) -> Scores:
         while not watch.complete:
@@ -260,11 +276,6 @@ class TaskPasses:
             async with asyncio.timeout(seconds):
                 await self._stopped.wait()
             raise _stopped()
-
-
-def _watches(batch: Batch, *, answered: bool) -> list[ForwardWatch]:
-    deadline = math.inf if batch.timeout is None else time.monotonic() + batch.timeout
-    return [ForwardWatch(request, deadline, answered=answered) for request in batch.requests]
 
 
 def _stopped() -> Error:

@@ -27,7 +27,7 @@ def ragged(rows: Rows, name: str, axes: int = 1) -> list[Integers]:
         axes: How many axes each row has.
 
     Returns:
-        The rows, int32; none is empty.
+        Copies of the rows, int32; none is empty, but that a table may have no lines.
 
     Raises:
         InvalidRequest: There is no row, or a row is empty or not of 32-bit integers.
@@ -51,7 +51,7 @@ def integers(value: Any, name: str, axes: int = 1) -> Integers:
         axes: How many axes they have.
 
     Returns:
-        The integers, int32; not empty.
+        A copy, int32; not empty, but that a table may have no lines.
 
     Raises:
         InvalidRequest: They are none, of another shape, no integers or too large.
@@ -60,15 +60,15 @@ def integers(value: Any, name: str, axes: int = 1) -> Integers:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{name}: {error}") from error
-    if array.ndim == axes and array.size == 0:
+    if array.ndim == axes and array.shape[-1:] == (0,):
         raise InvalidRequest(f"{name} is empty; leave it out", reason="ROW_EMPTY")
     if array.ndim != axes or array.dtype.kind not in "iu":
         raise InvalidRequest(
             f"{name} must be {_SHAPES[axes]}, not {array.dtype} {list(array.shape)}"
         )
-    if array.min() < -(2**31) or array.max() >= 2**31:
+    if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
         raise InvalidRequest(
             f"{name} holds {array.min()} to {array.max()}; 32-bit integers are sent",
             reason="TOKEN_OUT_OF_RANGE",
         )
-    return array.astype(np.int32, copy=False)
+    return array.astype(np.int32)

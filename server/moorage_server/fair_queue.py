@@ -88,7 +88,7 @@ class FairQueue:
     and Cheng 1996).
 
     Attributes:
-        capacity: How many tokens may wait, padding included.
+        capacity: How many tokens may wait, padding included; the last that comes may be over it.
         tokens: How many do.
     """
 
@@ -114,15 +114,18 @@ class FairQueue:
         return own + sum(min(tokens, own) for tokens in others)
 
     def excess(self, client: str, tokens: int) -> int:
-        """By how many tokens a request of so many is too much; 0 if it may come.
+        """How many tokens have to go before a request of so many may come, about; 0 if it may now.
 
         With what waits already a client may have no more than is left free, so that there is room
-        for whoever comes next (dynamic thresholds: Choudhury and Hahne 1998); with nothing, all
-        that is free; and in an empty queue, anything.
+        for whoever comes next (dynamic thresholds: Choudhury and Hahne 1998). With nothing, it may
+        bring one request of any size as long as anything is free: the largest has to wait for no
+        more than the smallest. So the queue holds less than its capacity and one request; what that
+        takes of memory is bounded by the size of a message, and by what answers may take.
         """
-        if not self.tokens:
-            return 0
-        return max(0, self.tokens + tokens + self.tokens_of(client) - self.capacity)
+        own = self.tokens_of(client)
+        if not own:
+            return max(0, self.tokens - self.capacity + 1)
+        return min(self.tokens, max(0, self.tokens + tokens + own - self.capacity))
 
     def add(self, job: Job) -> None:
         """Takes a request in, or again one that was removed."""

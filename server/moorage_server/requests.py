@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,8 @@ class Wanted:
         candidates: Tokens whose log-probabilities are wanted, all sets one after another.
         candidate_count: How many make one set; a single set is for every position.
         layer: After how many layers hidden states are wanted; None for after the final norm.
-        positions: The tokens after which something is wanted, as indices into those of all rows.
+        positions: The tokens after which something is wanted, as indices into those of all rows;
+            outputs about tokens go by `from_positions` only.
         from_positions: The first wanted position of each row, one for all rows, or none.
         temperature: The logits are divided by it.
         scales_logits: Whether the logits that are given are, too.
@@ -56,9 +57,8 @@ class Wanted:
 
     @property
     def has_whole_sets(self) -> bool:
-        """Whether the candidates are sets of as many as is said."""
-        count = self.candidate_count
-        return count > 0 and self.candidates.size > 0 and self.candidates.size % count == 0
+        """Whether the candidates are sets of as many as is said; where nothing is wanted, none."""
+        return self.candidate_count > 0 and self.candidates.size % self.candidate_count == 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def plan_parts(
             f"{_described(wanted)} is not served; programs of this model are: "
             + ", ".join(profile.name for profile in profiles),
         )
+    _check_positions(wanted, {profile.about for profile in chosen})
     parts = [_part(rows, wanted, profile, names) for profile, names in chosen.items()]
     size = sum(_bytes_of(part, config) for part in parts)
     if size > MAX_OUTPUT_BYTES:
@@ -189,6 +190,25 @@ def _described(wanted: Wanted) -> str:
     return ", ".join(f"{name} {sizes[name]}" if name in sizes else name for name in wanted.outputs)
 
 
+def _check_positions(wanted: Wanted, asked: Set[About]) -> None:
+    """Refuses what would be ignored: each output goes by its own kind of positions."""
+    rules = {
+        "positions are of hidden, logits and score, of which none is asked for: leave them out, or "
+        "give from_positions": not wanted.positions.size or asked != {About.TOKEN},
+        "from_positions are given beside positions, which say all of these outputs: leave one of "
+        "them out": (
+            not wanted.positions.size or not any(wanted.from_positions) or About.TOKEN in asked
+        ),
+    }
+    _check_rules(rules)
+
+
+def _check_rules(rules: Mapping[str, object]) -> None:
+    for problem, holds in rules.items():
+        if not holds:
+            raise ServerError(Reason.INVALID_REQUEST, problem)
+
+
 def _check_wanted(rows: Rows, wanted: Wanted, config: ModelConfig) -> None:
     """Refuses what contradicts itself, the rows or the model."""
     tokens, layers, vocabulary = len(rows.tokens), config.num_layers, config.vocab_size
@@ -219,6 +239,4 @@ def _check_wanted(rows: Rows, wanted: Wanted, config: ModelConfig) -> None:
             (np.diff(positions, prepend=-1) > 0).all() and (positions < tokens).all()
         ),
     }
-    for problem, holds in rules.items():
-        if not holds:
-            raise ServerError(Reason.INVALID_REQUEST, problem)
+    _check_rules(rules)
