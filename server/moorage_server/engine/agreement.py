@@ -24,7 +24,8 @@ def probes(buckets: Iterable[Bucket], compute_dtype: str) -> list[Probe]:
     """What must be tried of some buckets: where a row may come to lie in more than one way.
 
     The same rows run in every bucket of their length, and in the largest once more, each at
-    another place and with other neighbours.
+    another place and with other neighbours. In full precision another order shows in any row: a
+    smaller bucket is run once.
 
     Args:
         buckets: The buckets.
@@ -35,11 +36,11 @@ def probes(buckets: Iterable[Bucket], compute_dtype: str) -> list[Probe]:
         own = [bucket for bucket in sorted(buckets) if bucket.length == largest.length]
         if len(own) == largest.rows == 1:
             continue
-        tokens = HALF_PRECISION_TOKENS if ITEM_BYTES[compute_dtype] == 2 else 0
-        batches = max(1, -(-tokens // (largest.rows * largest.length)))
-        rows = list(range(batches * largest.rows))
+        is_half = ITEM_BYTES[compute_dtype] == 2
+        tokens = HALF_PRECISION_TOKENS if is_half else 1
+        rows = list(range(-(-tokens // (largest.rows * largest.length)) * largest.rows))
         for bucket in own:
-            found += _batches(bucket, rows)
+            found += _batches(bucket, rows if is_half else rows[: bucket.rows])
         found += _batches(largest, rows[1:] + rows[:1])
     return found
 
@@ -84,7 +85,11 @@ def agreeing(
                 f"in {bucket.rows} rows of {bucket.length} tokens this model gives a row other "
                 "numbers at another place; serve it with other buckets",
             )
-    return tuple(bucket for bucket in given if given[bucket] == given[largest[bucket.length]])
+    return tuple(
+        bucket
+        for bucket, own in given.items()
+        if all(given[largest[bucket.length]][row] == digests for row, digests in own.items())
+    )
 
 
 def proven(
