@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -24,7 +23,7 @@ from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.draining import Draining
 from moorage_server.engine import Engine
-from moorage_server.health import report
+from moorage_server.health import HealthService, report
 from moorage_server.interceptor import Interceptor
 from moorage_server.limits import Gate
 from moorage_server.metrics import registry
@@ -66,7 +65,7 @@ class Server:
     """
 
     grpc: grpc.aio.Server
-    healthy: Any
+    healthy: HealthService
     cache: ModelCache
     scheduler: Scheduler
     draining: Draining
@@ -81,7 +80,7 @@ class Server:
             hurry: Set when they are to be waited for no longer.
         """
         self.draining.started = True
-        await self.healthy.enter_graceful_shutdown()
+        self.healthy.stop()
         end = time.monotonic() + seconds
         while self.scheduler.callers and not hurry.is_set() and time.monotonic() < end:
             await asyncio.sleep(_POLL_SECONDS)
@@ -109,7 +108,7 @@ def make_server(
     pb_grpc.add_ScoringServiceServicer_to_server(scoring, server)
     about = ServerService(cache, engine, policy, scheduler, gate)
     pb_grpc.add_ServerServiceServicer_to_server(about, server)
-    healthy: Any = getattr(health, "aio").HealthServicer()  # noqa: B009 - untyped
+    healthy = HealthService()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
     names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
