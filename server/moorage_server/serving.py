@@ -127,6 +127,7 @@ async def serve(server: Server, settings: Settings) -> int:
     Returns:
         The exit code: 1 if it cannot listen.
     """
+    stop, hurry = _signals(settings.drain_seconds)
     try:
         page = _page(server, settings)
         probes = await _listen(server, settings)
@@ -141,7 +142,6 @@ async def serve(server: Server, settings: Settings) -> int:
         await page.start()
         _log.info("status page at %s", page.url)
     reporting = asyncio.create_task(report(server.cache, server.healthy))
-    stop, hurry = _signals()
     await stop.wait()
     _log.info("stopping; a second signal stops at once")
     reporting.cancel()
@@ -212,12 +212,17 @@ def _port(where: str, listen: Callable[[str], int]) -> int:
         raise RuntimeError(f"cannot listen on {where}: is it in use?") from error
 
 
-def _signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events that the first and the second signal set."""
+def _signals(drain_seconds: float) -> tuple[asyncio.Event, asyncio.Event]:
+    """Events that the first and the second signal set; each also bounds what is left to do."""
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+        if stop.is_set():
+            hurry.set()
+            _exit_after(_EXIT_SECONDS)
+        else:
+            stop.set()
+            _exit_after(drain_seconds + _CLOSE_SECONDS + _EXIT_SECONDS)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
@@ -226,6 +231,6 @@ def _signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 def _exit_after(seconds: float) -> None:
     """Ends the process even if threads go on by then: nothing that they do is wanted any more."""
-    timer = threading.Timer(seconds, os._exit, [0])
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), os._exit, [0])
     timer.daemon = True
     timer.start()
