@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -77,6 +79,21 @@ async def test_a_second_signal_or_the_end_of_the_time_ends_the_wait(cache, engin
     assert not running.done()
     engine.release()
     await running
+
+
+#: A server that is told to stop while its engine is made.
+EARLY = """
+import os, signal, sys
+from moorage_server import main
+
+main._engine = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(main.main([]) or 3)
+"""
+
+
+def test_a_signal_before_anything_was_taken_ends_the_process():
+    command = [sys.executable, "-c", EARLY]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
 
 @pytest.fixture
