@@ -312,6 +312,43 @@ def test_browsers_need_a_certificate_if_clients_do(trusted):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_of_before_opens_nothing_once_another_authority_signs(tmp_path, version):
+    one, two = certificates.authority(tmp_path / "one"), certificates.authority(tmp_path / "two")
+    pair, own = one.issue("localhost"), one.issue("me")
+    signs = tmp_path / "signs.pem"
+    signs.write_bytes(one.file.read_bytes())
+    context = ssl.create_default_context(cafile=one.file)
+    context.load_cert_chain(own.cert, own.key)
+    context.maximum_version = version
+
+    def talk(url, session=None):
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with (
+            socket.create_connection(address, timeout=5) as plain,
+            context.wrap_socket(
+                plain, server_hostname="localhost", session=session, suppress_ragged_eofs=False
+            ) as secure,
+        ):
+            secure.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: secure.recv(1 << 16), b""))
+            kept = secure.session
+            secure.unwrap()  # a session that was not ended in order is forgotten
+            return answer[:12], kept
+
+    async def run():
+        async with status_server(
+            EngineDouble(), tls=TlsFiles(pair.cert, pair.key, signs)
+        ) as server:
+            answer, session = await asyncio.to_thread(talk, server.page.url)
+            assert answer == b"HTTP/1.1 200"
+            signs.write_bytes(two.file.read_bytes())
+            with pytest.raises(OSError, match=r"(?i)unknown ca|reset|EOF|closed|broken pipe"):
+                await asyncio.to_thread(talk, server.page.url, session)
+
+    asyncio.run(run())
+
+
 # From the start of a server to its end.
 
 

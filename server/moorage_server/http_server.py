@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,6 +27,25 @@ class _Server(uvicorn.Server):
         return nullcontext()
 
 
+class _Context(ssl.SSLContext):
+    """Has each connection made by a context of the certificates as they are by then.
+
+    To change a connection's context in its handshake would be too late: a session of before is
+    known to the first one, and goes on without its client's certificate being looked at again.
+    """
+
+    _watched: WatchedFile[ssl.SSLContext]
+
+    def __new__(cls, files: TlsFiles) -> _Context:
+        context = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        paths = (files.cert, files.key, *([files.client_ca] if files.client_ca else []))
+        context._watched = WatchedFile(lambda _: files.context(), *paths)
+        return context
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        return self._watched.value.wrap_bio(*args, **kwargs)
+
+
 class HttpServer:
     """Serves an application on one port."""
 
@@ -41,7 +61,7 @@ class HttpServer:
             RuntimeError: The port cannot be had.
             ValueError: The certificates cannot be used.
         """
-        context = _context(files) if files else None
+        context = _Context(files) if files else None
         self._socket = _bind(where)
         config = uvicorn.Config(
             app,
@@ -91,16 +111,3 @@ def _shown(listener: socket.socket) -> str:
         return str(name)
     host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _context(files: TlsFiles) -> ssl.SSLContext:
-    """A context whose handshakes take the certificates as they are by then."""
-    paths = (files.cert, files.key, *([files.client_ca] if files.client_ca else []))
-    watched = WatchedFile(lambda _: files.context(), *paths)
-
-    def latest(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
-        connection.context = watched.value
-
-    context = watched.value
-    context.sni_callback = latest
-    return context
