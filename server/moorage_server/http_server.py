@@ -10,12 +10,14 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moorage_server.tasks import start
 from moorage_server.tls import TlsFiles
 from moorage_server.watched_file import WatchedFile
 
-_CONNECTIONS = 256
+_CONNECTIONS = 64
+_HEAD_SECONDS = 10.0  # for the head of a request
 _CLOSE_SECONDS = 1
 _POLL_SECONDS = 0.01
 
@@ -25,6 +27,48 @@ class _Server(uvicorn.Server):
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
+
+
+class _Protocol(H11Protocol):
+    """Closes connections that ask for nothing."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look_again()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._next_look.cancel()
+
+    def _look_again(self) -> None:
+        self._next_look = self.loop.call_later(_HEAD_SECONDS, self._look, self.cycle)
+
+    def _look(self, before: Any) -> None:
+        """Closes the connection if no request has come since, and none is being answered."""
+        if self.cycle is not before or (before and not before.response_complete):
+            self._look_again()
+        else:
+            self.transport.abort()
+
+
+class _Listener(socket.socket):
+    """Has so many connections open, those in their handshakes too, and closes others as they come.
+
+    They must not take the file descriptors that calls need.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(fileno=listener.detach())
+        self._open: list[socket.socket] = []
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, where = super().accept()
+        self._open = [each for each in self._open if each.fileno() >= 0]
+        if len(self._open) >= _CONNECTIONS:
+            connection.close()
+            raise ConnectionAbortedError
+        self._open.append(connection)
+        return connection, where
 
 
 class _Context(ssl.SSLContext):
@@ -62,10 +106,10 @@ class HttpServer:
             ValueError: The certificates cannot be used.
         """
         context = _Context(files) if files else None
-        self._socket = _bind(where)
+        self._socket = _Listener(_bind(where))
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,  # the log is the server's
@@ -73,7 +117,6 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=_CLOSE_SECONDS,
         )
         config.load()
