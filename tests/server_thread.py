@@ -51,7 +51,7 @@ class ServerThread:
             port = server.grpc.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await server.grpc.start()
-        await server.healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        server.healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         self._started.set()
         await self._stop.wait()
         cache.stop()

@@ -1,17 +1,24 @@
 """A server that is told to stop: what it took is done, and nothing else is taken."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from cache_scenario import CONTEXT, load, reached, scenario, settle, wanted
+from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.sources import Policy
-from moorage_server import convert
+from moorage_server import convert, serving
 from moorage_server.access import Access
+from moorage_server.cache import ModelCache
 from moorage_server.errors import Reason, ServerError
 from moorage_server.service import ModelService, ScoringService
 from moorage_server.serving import make_server
+from moorage_server.settings import Settings
 
 
 async def answer(server, engine, model):
@@ -72,3 +79,54 @@ async def test_a_second_signal_or_the_end_of_the_time_ends_the_wait(cache, engin
     assert not running.done()
     engine.release()
     await running
+
+
+#: A server that is told to stop while its engine is made.
+EARLY = """
+import os, signal, sys
+from moorage_server import main
+
+main._engine = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(main.main([]) or 3)
+"""
+
+
+def test_a_signal_before_anything_was_taken_ends_the_process():
+    command = [sys.executable, "-c", EARLY]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """After how long the process would end in any case, from each signal on."""
+    found = []
+    monkeypatch.setattr(serving, "_exit_after", found.append)
+    return found
+
+
+def test_signals_count_before_the_server_listens(bounds, monkeypatch):
+    async def listen(server, settings):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def run():
+        engine = EngineDouble()
+        server = make_server(ModelCache(engine, Policy()), engine, Policy())
+        return await serving.serve(server, Settings(drain_seconds=7.0))
+
+    monkeypatch.setattr(serving, "_listen", listen)
+    assert asyncio.run(run()) == 0
+    assert bounds[0] == 10.0
+
+
+def test_each_signal_bounds_what_is_left_to_do(bounds):
+    async def run():
+        stop, hurry = serving._signals(30.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stop.wait()
+        assert (bounds, hurry.is_set()) == ([33.0], False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await hurry.wait()
+
+    asyncio.run(run())
+    assert bounds == [33.0, 2.0]

@@ -86,13 +86,26 @@ def test_flags_win(config):
         ("root = ['/nowhere/at/all']", "is not a directory"),
         ("queue_tokens = 0", "queue_tokens 0: wanted a whole number above 0"),
         ("queue_tokens = true", "queue_tokens True: wanted text"),
+        ("max_connections = 3000000000", "max_connections 3000000000: wanted at most 2147483647"),
         ("drain_seconds = 'soon'", "drain_seconds 'soon': wanted seconds"),
         ("mesh = 'dp=2'", "mesh 'dp=2': wanted axes fsdp and tp"),
+        ("mesh = 'tp=1,tp=2'", "mesh 'tp=1,tp=2': tp is there twice"),
         ("buckets = '3x128'", "buckets '3x128': rows are a power of two"),
         ("outputs = 'logprobs,rank'", "'rank' is none of the outputs"),
         ("device_memory = '2'", "wanted a fraction up to 1"),
         ("window = 3", "window 3: wanted at least 96 MiB"),
         ("listen = '8470'", "listen '8470': it is not host:port"),
+        ("listen = '127.0.0.1:99999'", "listen '127.0.0.1:99999': ports go up to 65535"),
+        ("health_listen = '[::1]:65536'", "ports go up to 65535"),
+        ("state = '~nosuchuser/x'", "state '~nosuchuser/x': there is no such user"),
+        (
+            "listen = 'localhost:1'\nstatus_listen = 'localhost:1'",
+            "listen and status_listen are both 'localhost:1'",
+        ),
+        (
+            "health_listen = 'unix:/x'\nstatus_listen = 'unix:/x'",
+            "health_listen and status_listen are both 'unix:/x'",
+        ),
         ("log_format = 'xml'", "wanted one of text, json"),
         ("tokens = '/nowhere'", "tokens '/nowhere': there is no such file"),
         ("preload = ['x,source=moon']", "'moon' is no source"),
@@ -130,6 +143,12 @@ def test_beyond_loopback_there_must_be_tls_or_tokens(tmp_path, name, listen):
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/tmp/x"])
 def test_on_this_machine_there_need_be_neither(listen):
     assert read("--listen", listen).listen == listen
+
+
+def test_addresses_may_share_a_port_that_is_yet_to_be_found():
+    found = read("--listen=127.0.0.1:0", "--status-listen=127.0.0.1:0")
+    assert found.listen == found.status_listen
+    assert read("--listen=127.0.0.1:65535").listen == "127.0.0.1:65535"
 
 
 def test_validate_says_what_is_right_and_what_is_wrong(config):

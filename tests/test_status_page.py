@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -23,7 +24,7 @@ from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 from moorage_models.sources import Policy
-from moorage_server import serving, status_page
+from moorage_server import http_server, serving, status_page
 from moorage_server.cache import ModelCache
 from moorage_server.settings import Settings
 from moorage_server.tls import TlsFiles
@@ -210,6 +211,53 @@ def test_a_page_on_loopback_is_asked_for_as_such():
     assert asyncio.run(run()) == [200, 200, 200, 421, 421, 421]
 
 
+def test_who_asks_for_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(http_server, "_HEAD_SECONDS", 0.3)
+    whole = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def ended(server, asked):
+        reader, writer = await asyncio.open_connection(*server.page.url[7:].split(":"))
+        writer.write(asked)
+        with suppress(ConnectionError):
+            await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+    async def run():
+        async with status_server(EngineDouble()) as server:
+            body = whole.replace(b"Host", b"Content-Length: 9\r\nHost") + b"1"
+            asked = [b"", whole[:-2], whole + whole[:-2], body]
+            events = asyncio.create_task(ended(server, whole.replace(b"metrics", b"events")))
+            await asyncio.gather(*(ended(server, each) for each in asked))
+            assert not events.done()
+        await events
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_more_connections_than_it_has_room_for_are_closed(monkeypatch, trusted, secure):
+    monkeypatch.setattr(http_server, "_CONNECTIONS", 3)
+    pair = trusted.issue("127.0.0.1", file="room")
+    files = TlsFiles(pair.cert, pair.key) if secure else None
+    context = ssl.create_default_context(cafile=trusted.file) if secure else None
+
+    async def run():
+        async with status_server(EngineDouble(), tls=files) as server:
+            where = server.page.url.rpartition("/")[2].split(":")
+            held = [await asyncio.open_connection(*where) for _ in range(3)]
+            for _ in range(5):
+                reader, writer = await asyncio.open_connection(*where)
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+                writer.close()
+            for _, writer in held:
+                writer.close()
+                await writer.wait_closed()
+            await asyncio.sleep(0.1)
+            return (await server.get("/metrics", context=context)).code
+
+    assert asyncio.run(run()) == 200
+
+
 # Who may read.
 
 
@@ -308,6 +356,43 @@ def test_browsers_need_a_certificate_if_clients_do(trusted):
             without = ssl.create_default_context(cafile=trusted.file)
             with pytest.raises(OSError, match=r"(?i)certificate|reset|EOF|closed|broken pipe"):
                 await server.get("/", context=without)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_of_before_opens_nothing_once_another_authority_signs(tmp_path, version):
+    one, two = certificates.authority(tmp_path / "one"), certificates.authority(tmp_path / "two")
+    pair, own = one.issue("localhost"), one.issue("me")
+    signs = tmp_path / "signs.pem"
+    signs.write_bytes(one.file.read_bytes())
+    context = ssl.create_default_context(cafile=one.file)
+    context.load_cert_chain(own.cert, own.key)
+    context.maximum_version = version
+
+    def talk(url, session=None):
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with (
+            socket.create_connection(address, timeout=5) as plain,
+            context.wrap_socket(
+                plain, server_hostname="localhost", session=session, suppress_ragged_eofs=False
+            ) as secure,
+        ):
+            secure.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: secure.recv(1 << 16), b""))
+            kept = secure.session
+            secure.unwrap()  # a session that was not ended in order is forgotten
+            return answer[:12], kept
+
+    async def run():
+        async with status_server(
+            EngineDouble(), tls=TlsFiles(pair.cert, pair.key, signs)
+        ) as server:
+            answer, session = await asyncio.to_thread(talk, server.page.url)
+            assert answer == b"HTTP/1.1 200"
+            signs.write_bytes(two.file.read_bytes())
+            with pytest.raises(OSError, match=r"(?i)unknown ca|reset|EOF|closed|broken pipe"):
+                await asyncio.to_thread(talk, server.page.url, session)
 
     asyncio.run(run())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -88,11 +87,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             call = Call.of(method, context)
             try:
                 with self._passing(call, method, context):
-                    responses = behaviour(_parsed(parse, data), context)
-                    if inspect.isawaitable(responses):  # health writes its answers itself
-                        await responses
-                        return
-                    async for response in responses:
+                    async for response in behaviour(_parsed(parse, data), context):
                         yield response
                     return
             except grpc.aio.AbortError:

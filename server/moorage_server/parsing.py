@@ -12,6 +12,8 @@ from moorage_models.sources import ModelRequest, ModelSource
 from moorage_server.engine.outputs import Profile
 
 _MIN_WINDOW_MIB = 96  # the reads that are under way take up to 64
+_MAX_COUNT = 2**31 - 1  # gRPC takes no more
+_MAX_PORT = 2**16 - 1
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _UNITS = {"MiB": 1 << 20, "GiB": 1 << 30, None: 1}
 _FIELDS = {
@@ -56,6 +58,8 @@ def count(given: Any) -> int:
     """A whole number above zero."""
     if not text(given).isdecimal() or int(given) < 1:
         raise ValueError("wanted a whole number above 0")
+    if int(given) > _MAX_COUNT:
+        raise ValueError(f"wanted at most {_MAX_COUNT}")
     return int(given)
 
 
@@ -72,7 +76,10 @@ def seconds(given: Any) -> float:
 
 def path(given: Any) -> Path | None:
     """A path; none if it is empty."""
-    return Path(text(given)).expanduser() if given else None
+    try:
+        return Path(text(given)).expanduser() if given else None
+    except RuntimeError as error:
+        raise ValueError("there is no such user") from error
 
 
 def file(given: Any) -> Path | None:
@@ -94,8 +101,11 @@ def folder(given: Any) -> Path:
 def address(given: Any) -> str:
     """`host:port`, `[::1]:port` or `unix:path`."""
     found = text(given)
-    if not re.fullmatch(r"unix:.+|(\[[^\]]+\]|[^:]+):\d{1,5}", found):
+    match = re.fullmatch(r"unix:.+|(?:\[[^\]]+\]|[^:]+):([0-9]{1,5})", found)
+    if not match:
         raise ValueError("it is not host:port")
+    if int(match[1] or 0) > _MAX_PORT:
+        raise ValueError(f"ports go up to {_MAX_PORT}")
     return found
 
 
@@ -122,6 +132,8 @@ def mesh(given: Any) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in ("fsdp", "tp") or not size.isdecimal() or int(size) < 1:
             raise ValueError("wanted axes fsdp and tp, as fsdp=2,tp=4")
+        if name in sizes:
+            raise ValueError(f"{name} is there twice")
         sizes[name] = int(size)
     return sizes
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -24,7 +23,7 @@ from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.draining import Draining
 from moorage_server.engine import Engine
-from moorage_server.health import report
+from moorage_server.health import HealthService, report
 from moorage_server.interceptor import Interceptor
 from moorage_server.limits import Gate
 from moorage_server.metrics import registry
@@ -66,7 +65,7 @@ class Server:
     """
 
     grpc: grpc.aio.Server
-    healthy: Any
+    healthy: HealthService
     cache: ModelCache
     scheduler: Scheduler
     draining: Draining
@@ -81,7 +80,7 @@ class Server:
             hurry: Set when they are to be waited for no longer.
         """
         self.draining.started = True
-        await self.healthy.enter_graceful_shutdown()
+        self.healthy.stop()
         end = time.monotonic() + seconds
         while self.scheduler.callers and not hurry.is_set() and time.monotonic() < end:
             await asyncio.sleep(_POLL_SECONDS)
@@ -109,7 +108,7 @@ def make_server(
     pb_grpc.add_ScoringServiceServicer_to_server(scoring, server)
     about = ServerService(cache, engine, policy, scheduler, gate)
     pb_grpc.add_ServerServiceServicer_to_server(about, server)
-    healthy: Any = getattr(health, "aio").HealthServicer()  # noqa: B009 - untyped
+    healthy = HealthService()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
     names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
@@ -128,6 +127,7 @@ async def serve(server: Server, settings: Settings) -> int:
     Returns:
         The exit code: 1 if it cannot listen.
     """
+    stop, hurry = _signals(settings.drain_seconds)
     try:
         page = _page(server, settings)
         probes = await _listen(server, settings)
@@ -142,7 +142,6 @@ async def serve(server: Server, settings: Settings) -> int:
         await page.start()
         _log.info("status page at %s", page.url)
     reporting = asyncio.create_task(report(server.cache, server.healthy))
-    stop, hurry = _signals()
     await stop.wait()
     _log.info("stopping; a second signal stops at once")
     reporting.cancel()
@@ -213,12 +212,17 @@ def _port(where: str, listen: Callable[[str], int]) -> int:
         raise RuntimeError(f"cannot listen on {where}: is it in use?") from error
 
 
-def _signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events that the first and the second signal set."""
+def _signals(drain_seconds: float) -> tuple[asyncio.Event, asyncio.Event]:
+    """Events that the first and the second signal set; each also bounds what is left to do."""
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+        if stop.is_set():
+            hurry.set()
+            _exit_after(_EXIT_SECONDS)
+        else:
+            stop.set()
+            _exit_after(drain_seconds + _CLOSE_SECONDS + _EXIT_SECONDS)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
@@ -227,6 +231,6 @@ def _signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 def _exit_after(seconds: float) -> None:
     """Ends the process even if threads go on by then: nothing that they do is wanted any more."""
-    timer = threading.Timer(seconds, os._exit, [0])
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), os._exit, [0])
     timer.daemon = True
     timer.start()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -383,6 +384,10 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         yield "tls_cert and tls_key belong together: give both"
     if settings.tls_client_ca and settings.tls_cert is None:
         yield "tls_client_ca needs tls_cert and tls_key: clients' certificates come by TLS"
+    for name, other in itertools.combinations(("listen", "health_listen", "status_listen"), 2):
+        where = getattr(settings, name)
+        if where and where == getattr(settings, other) and not where.endswith(":0"):
+            yield f"{name} and {other} are both {where!r}: give each its own"
     for name in ("listen", "status_listen"):
         where = getattr(settings, name)
         if where and not (parsing.is_local(where) or _is_guarded(settings) or settings.insecure):

@@ -52,6 +52,8 @@ class TlsFiles:
         self.load_into(context)
         if self.client_ca:
             context.verify_mode = ssl.CERT_REQUIRED
+        context.options |= ssl.OP_NO_TICKET  # a session is gone on with unverified
+        context.num_tickets = 0
         return context
 
     def load_into(self, context: ssl.SSLContext) -> None:
