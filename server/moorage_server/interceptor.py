@@ -19,6 +19,7 @@ from moorage_server.activity import Activity
 from moorage_server.calls import CURRENT, Call
 from moorage_server.errors import Reason, ServerError
 from moorage_server.limits import Gate
+from moorage_server.logs import one_line
 from moorage_server.status import CODES, reason_of, status_of
 
 Behaviour: TypeAlias = Callable[..., Any]
@@ -126,7 +127,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _refused(self, call: Call, error: Exception) -> status_pb2.Status:
         status, reason = status_of(error, call.request_id), reason_of(error)
         self._activity.refuse(call, reason, status.message)
-        text, seen = "%s of %s: %s: %s", (call.method, call.caller.name, reason, error)
+        seen = (call.method, call.caller.name, reason, one_line(error))
+        text = "%s of %s: %s: %s"
         if reason == Reason.INTERNAL:
             _log.error(text, *seen, exc_info=error)
         else:
