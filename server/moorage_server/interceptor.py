@@ -42,14 +42,30 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The wrapped handler of a method; None for one that there is not."""
+        """The wrapped handler of a method; None for one that there is not.
+
+        A caller that is not known is refused before its request is read, which may be large.
+        """
         method: str = handler_call_details.method
         if method not in self._handlers:
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
             self._handlers[method] = self._wrapped(method, handler)
+        try:
+            self._access.caller_with(handler_call_details.invocation_metadata)
+        except ServerError as error:
+            return self._refusing(method, error)
         return self._handlers[method]
+
+    def _refusing(self, method: str, error: ServerError) -> Any:
+        """A handler that reads nothing: gRPC would read the request of any but a stream."""
+
+        def refuse(requests: Any, context: Any) -> Any:
+            raise error
+
+        stream = self._stream(method, refuse, lambda requests: requests)
+        return grpc.stream_stream_rpc_method_handler(stream)
 
     def _wrapped(self, method: str, handler: Any) -> Any:
         """Wraps a handler; requests are parsed in here, so that bad ones are answered as others."""
