@@ -304,6 +304,7 @@ def test_info(ask):
             max_queued_tokens=4,
             answer_retention={"seconds": 60},
             max_retained_bytes=5,
+            max_waiting_bytes=6,
         ),
         sources=[pb.MODEL_SOURCE_GCS],
         outputs=["logprobs"],
@@ -322,7 +323,7 @@ def test_info(ask):
     assert list(info.mesh.items()) == [("fsdp", 1), ("tp", 8)]
     assert info.buckets == ((4, 512),)
     assert (info.max_message_bytes, info.max_sequence_length, info.max_output_bytes) == (1, 2, 3)
-    assert (info.max_queued_tokens, info.max_retained_bytes) == (4, 5)
+    assert (info.max_queued_tokens, info.max_retained_bytes, info.max_waiting_bytes) == (4, 5, 6)
     assert info.answer_retention_seconds == 60
     assert info.profiles == (moorage.OutputProfile(("logprobs", "top_k"), 32),)
     assert info.compiles_after_ready == 6

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import threading
 import time
 
 import grpc
@@ -84,6 +85,35 @@ def test_no_method_answers_without_a_token(channel, method, token):
         list(call)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert reason_of(caught.value) == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_who_is_not_known_is_refused_before_the_request_is_read(channel, method):
+    """A request that never comes is not waited for."""
+    never = threading.Event()
+    call = channel.stream_stream(method)(iter(never.wait, True), timeout=10)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(call)
+    never.set()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert reason_of(caught.value) == "UNAUTHENTICATED"
+
+
+def test_who_is_not_known_is_told_so_whatever_the_size(server, channel, trusted):
+    large = bytes(4_000_000)
+    for call in (channel.unary_unary(EVERY_METHOD[0]), channel.unary_stream(EVERY_METHOD[0])):
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(large, timeout=10))
+        assert reason_of(caught.value) == "UNAUTHENTICATED"
+
+    async def run():
+        credentials = grpc.ssl_channel_credentials(trusted.file.read_bytes())
+        async with grpc.aio.secure_channel(server.address, credentials) as opened:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await opened.unary_unary(EVERY_METHOD[0])(large, timeout=10)
+            assert reason_of(caught.value) == "UNAUTHENTICATED"
+
+    asyncio.run(run())
 
 
 def test_neither_do_health_and_reflection(channel):

@@ -101,6 +101,7 @@ INFO = ServerInfo(
     max_queued_tokens=65_536,
     answer_retention_seconds=90.0,
     max_retained_bytes=GIB,
+    max_waiting_bytes=4 * GIB,
     sources=("huggingface",),
     outputs=("logprobs",),
     start_time=before(hours=3, minutes=4),

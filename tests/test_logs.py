@@ -7,7 +7,7 @@ from contextvars import copy_context
 
 from moorage_server.access import Caller, Role
 from moorage_server.calls import CURRENT, Call
-from moorage_server.logs import JsonFormatter, TextFormatter, begin
+from moorage_server.logs import JsonFormatter, TextFormatter, begin, one_line
 
 
 def record(message: str, *arguments: object, error: bool = False) -> logging.LogRecord:
@@ -48,6 +48,11 @@ def test_json_is_one_object_a_line():
         "client": "grpo-7",
     }
     assert "request_id" not in json.loads(JsonFormatter().format(record("x")))
+
+
+def test_what_others_say_is_one_short_line():
+    assert one_line("two\nlines \x1b[2J of \udcff, 日本") == "two\\nlines \\x1b[2J of \\udcff, 日本"
+    assert len(one_line("\n" * (4 << 20))) == 8010
 
 
 def test_the_log_is_the_servers_own(monkeypatch, capsys):

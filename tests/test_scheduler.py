@@ -510,6 +510,22 @@ async def test_answers_that_are_waited_for_are_bounded(made, engine):
     await made.ask([1] * 60, client="b", **wide)
 
 
+@at_a_desk(Wide, answer_bytes=200_000)
+async def test_a_client_whose_answers_take_much_leaves_room_for_others(made, engine):
+    await made.block()
+    wide = {"outputs": {"names": ["logits"]}}
+    asked = [made.ask([1] * 50, client="a", **wide)]
+    await settle()
+    with pytest.raises(ServerError, match=r"max_waiting_bytes.* left free") as caught:
+        await made.ask([1] * 50, client="a", **wide)
+    assert caught.value.reason is Reason.QUEUE_FULL
+    asked.append(made.ask([1] * 50, client="b", **wide))
+    await settle()
+    engine.release()
+    await asyncio.gather(*asked)
+    await made.ask([1] * 50, client="a", **wide)
+
+
 @at_a_desk()
 async def test_signs_of_life(made, engine):
     await made.block()

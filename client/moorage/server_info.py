@@ -159,6 +159,7 @@ class ServerInfo:
         max_queued_tokens: How many tokens may wait for the devices.
         answer_retention_seconds: How long an answer is kept for a caller that comes back for it.
         max_retained_bytes: How many bytes of answers are kept so, in all.
+        max_waiting_bytes: How many bytes the requests may take that somebody waits for, in all.
         sources: Keys of `moorage.requests.SOURCES` that may be loaded from.
         outputs: The outputs that are served.
         start_time: When the server started, or None.
@@ -180,6 +181,7 @@ class ServerInfo:
     max_queued_tokens: int
     answer_retention_seconds: float
     max_retained_bytes: int
+    max_waiting_bytes: int
     sources: tuple[str, ...]
     outputs: tuple[str, ...]
     start_time: datetime | None

@@ -141,7 +141,7 @@ class ModelConfig(metaclass=_Presets):
     def differences(self, other: ModelConfig) -> list[str]:
         """The fields in which two configs compute different numbers, as `field: here, there`."""
         ours, theirs = _comparable(self), _comparable(other)
-        return [f"{k}: {v}, {theirs[k]}" for k, v in ours.items() if v != theirs[k]]
+        return [f"{k}: {v!s:.200}, {theirs[k]!s:.200}" for k, v in ours.items() if v != theirs[k]]
 
 
 def _comparable(config: ModelConfig) -> dict[str, object]:

@@ -48,10 +48,10 @@ _EXACT: Mapping[str, tuple[Any, ...]] = {
 
 #: Keys that hold whole numbers from one, and the most that is believed of each.
 _COUNTS: Mapping[str, int] = {
-    **dict.fromkeys(FIELDS, 2**31),
+    **dict.fromkeys(FIELDS, 2**31 - 1),
     **dict.fromkeys(("num_hidden_layers", "num_experts"), 4096),
     **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), 4096),
-    "sliding_window": 2**31,
+    "sliding_window": 2**31 - 1,
 }
 _NUMBERS = {
     "rms_norm_eps",
@@ -84,6 +84,7 @@ _CONFLICTS: Mapping[str, Callable[[ModelConfig], bool]] = {
     "num_hidden_layers times num_experts is above 131072": (
         lambda c: c.num_layers * c.num_experts > 1 << 17  # each is looked for by name
     ),
+    "there are more than 2^56 parameters": lambda c: c.num_parameters > 1 << 56,
 }
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -112,8 +112,11 @@ class Access:
 
     def caller_of(self, context: Any) -> Caller:
         """Who makes a gRPC call; see `caller`."""
-        metadata = dict(context.invocation_metadata() or ())
-        return self.caller(str(metadata.get("authorization", "")), context.peer())
+        return self.caller_with(context.invocation_metadata(), context.peer())
+
+    def caller_with(self, metadata: Any, connection: str = "") -> Caller:
+        """Who makes a gRPC call with such metadata; see `caller`."""
+        return self.caller(str(dict(metadata or ()).get("authorization", "")), connection)
 
 
 @cache

@@ -28,13 +28,20 @@ from moorage_server.model import Model, Snapshot
 
 _PREFIX = "MODEL_SOURCE_"
 
+# What a caller says of a model or a lease is told to everybody: bytes, as file systems count.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES, _MAX_OPTIONS = 256, 4096, 16
+_NAMES = ("model_id", "revision", "dtype", "compute_dtype")
+_PATHS = ("model_path", "model_download_path")
+
 
 def to_request(spec: pb.ModelSpec) -> ModelRequest:
     """What a caller wants.
 
     Raises:
-        ModelError: INVALID_REQUEST for a source that this version does not know.
+        ModelError: INVALID_REQUEST for a source that this version does not know, and for names that
+            are too long or cannot be shown.
     """
+    _check_texts(spec)
     number = spec.source or pb.MODEL_SOURCE_HUGGINGFACE
     if number not in pb.ModelSource.values():
         raise ModelError(Reason.INVALID_REQUEST, f"there is no source with number {number}")
@@ -49,6 +56,42 @@ def to_request(spec: pb.ModelSpec) -> ModelRequest:
         spec.compute_dtype,
         tuple(sorted(spec.options.items())),
     )
+
+
+def _check_texts(spec: pb.ModelSpec) -> None:
+    for field in _PATHS:
+        _check_size(field, getattr(spec, field), _MAX_PATH_BYTES)
+    for field in _NAMES:
+        check_name(field, getattr(spec, field))
+    if len(spec.options) > _MAX_OPTIONS:
+        raise ModelError(
+            Reason.INVALID_REQUEST,
+            f"options has {len(spec.options)} entries; it may have {_MAX_OPTIONS}",
+        )
+    for text in (text for option in spec.options.items() for text in option):
+        check_name("options", text)
+
+
+def check_name(field: str, name: str) -> None:
+    """Refuses a name that is too long, or cannot be shown.
+
+    Args:
+        field: The field that has it.
+        name: The name.
+
+    Raises:
+        ModelError: INVALID_REQUEST.
+    """
+    _check_size(field, name, _MAX_NAME_BYTES)
+    if not name.isprintable():
+        raise ModelError(
+            Reason.INVALID_REQUEST, f"{field} has characters that cannot be shown: {name!r}"
+        )
+
+
+def _check_size(field: str, text: str, most: int) -> None:
+    if (size := len(text.encode())) > most:
+        raise ModelError(Reason.INVALID_REQUEST, f"{field} has {size} bytes; it may have {most}")
 
 
 def to_spec(request: ModelRequest) -> pb.ModelSpec:

@@ -18,6 +18,7 @@ from moorage_server.activity import Activity
 from moorage_server.calls import CURRENT, Call
 from moorage_server.errors import Reason, ServerError
 from moorage_server.limits import Gate
+from moorage_server.logs import one_line
 from moorage_server.status import CODES, reason_of, status_of
 
 Behaviour: TypeAlias = Callable[..., Any]
@@ -40,14 +41,30 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The wrapped handler of a method; None for one that there is not."""
+        """The wrapped handler of a method; None for one that there is not.
+
+        A caller that is not known is refused before its request is read, which may be large.
+        """
         method: str = handler_call_details.method
         if method not in self._handlers:
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
             self._handlers[method] = self._wrapped(method, handler)
+        try:
+            self._access.caller_with(handler_call_details.invocation_metadata)
+        except ServerError as error:
+            return self._refusing(method, error)
         return self._handlers[method]
+
+    def _refusing(self, method: str, error: ServerError) -> Any:
+        """A handler that reads nothing: gRPC would read the request of any but a stream."""
+
+        def refuse(requests: Any, context: Any) -> Any:
+            raise error
+
+        stream = self._stream(method, refuse, lambda requests: requests)
+        return grpc.stream_stream_rpc_method_handler(stream)
 
     def _wrapped(self, method: str, handler: Any) -> Any:
         """Wraps a handler; requests are parsed in here, so that bad ones are answered as others."""
@@ -121,7 +138,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _refused(self, call: Call, error: Exception) -> status_pb2.Status:
         status, reason = status_of(error, call.request_id), reason_of(error)
         self._activity.refuse(call, reason, status.message)
-        text, seen = "%s of %s: %s: %s", (call.method, call.caller.name, reason, error)
+        seen = (call.method, call.caller.name, reason, one_line(error))
+        text = "%s of %s: %s: %s"
         if reason == Reason.INTERNAL:
             _log.error(text, *seen, exc_info=error)
         else:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from moorage_server.calls import CURRENT
 
 _OWN = ("moorage", "moorage_server", "moorage_models")
+_MAX_LENGTH = 4000  # of a message that others had a part in
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s"
 
 
@@ -24,6 +25,13 @@ def begin(level: str, form: str) -> None:
     # packages that were imported before may have set it up already
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     handler.addFilter(_is_ours)
+
+
+def one_line(said: object) -> str:
+    """What others had a part in, as the log may have it: short, and what is no text escaped."""
+    text = str(said)
+    cut = text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]} ... (cut)"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

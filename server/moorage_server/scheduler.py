@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,7 @@ class Scheduler:
 
     Attributes:
         queue: The rows that wait.
+        answer_bytes: How many bytes the requests may take that somebody waits for.
         callers: How many wait for answers, or take them.
         limits: What clients may have.
         activity: What has been done.
@@ -66,11 +68,11 @@ class Scheduler:
         self._devices = engine.info().mesh.get("fsdp", 1)
         self._now = now
         self._answers: AnswerTable[Job] = AnswerTable()
-        self._answer_bytes = answer_bytes
-        self._nbytes = 0  # of those that somebody waits for
+        self._nbytes: Counter[str] = Counter()  # of those that somebody waits for, by client
         self._speeds = Speeds(now)
         self._running: asyncio.Task[None] | None = None
         self.queue = FairQueue(queue_tokens)
+        self.answer_bytes = answer_bytes
         self.callers = 0
         self.limits = limits or Limits()
         self.activity = activity or Activity()
@@ -155,7 +157,7 @@ class Scheduler:
             self.queue.add(job)
             self._wake()
         if not job.callers:
-            self._nbytes += job.nbytes
+            self._nbytes[job.client] += job.nbytes
         job.callers += 1
         self.callers += 1
         self._answers.back(job.request_id)
@@ -169,7 +171,9 @@ class Scheduler:
 
     def _leave(self, job: Job) -> None:
         self.queue.remove(job)
-        self._nbytes -= job.nbytes
+        self._nbytes[job.client] -= job.nbytes
+        if not self._nbytes[job.client]:
+            del self._nbytes[job.client]
         if job.request_id:
             self._answers.leave(job.request_id, job.nbytes, self._now())
             if job.error:  # which may be over by the time that it comes again
@@ -180,12 +184,15 @@ class Scheduler:
         self._answers.expire(self._now())
 
     def _check_bytes(self, job: Job) -> None:
-        if self._nbytes and self._nbytes + job.nbytes > self._answer_bytes:
+        """Refuses a request that would take too much; shares are as those of `FairQueue.excess`."""
+        held, own = self._nbytes.total(), self._nbytes[job.client]
+        if held and held + job.nbytes + own > self.answer_bytes:
             text = (
-                f"this request takes {job.nbytes} bytes, those before it {self._nbytes}; in all "
-                f"they may have {self._answer_bytes}"
+                f"this request takes {job.nbytes} bytes, those before it {held}, {own} of them "
+                f"this client's; in all they may have {self.answer_bytes} (max_waiting_bytes), and "
+                "no client may have more than is left free"
             )
-            raise _full(text, _UNKNOWN_SECONDS, self._answer_bytes)
+            raise _full(text, _UNKNOWN_SECONDS, self.answer_bytes)
 
     def _check_deadline(self, job: Job, seconds_left: float | None) -> None:
         if seconds_left is None:

@@ -109,6 +109,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
             max_client_models=limits.client_models,
             max_leases=limits.leases,
             max_client_leases=limits.client_leases,
+            max_waiting_bytes=self._scheduler.answer_bytes,
         )
 
     def _activity(self) -> pb.Activity:

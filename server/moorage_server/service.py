@@ -230,9 +230,11 @@ def _lease_seconds(request: pb.LoadModelRequest) -> float:
 
     Raises:
         ServerError: INVALID_REQUEST for a duration that no lease can have.
+        ModelError: INVALID_REQUEST for a name of its holder that is too long or cannot be shown.
     """
     if not request.HasField("lease"):
         return 0.0
+    convert.check_name("lease.client", request.lease.client)
     seconds = request.lease.duration.ToNanoseconds() / 1e9
     check_seconds(seconds)
     return seconds

@@ -43,6 +43,15 @@ _OPTIONS = [
     ("grpc.server.max_pending_requests", 1 << 14),
     ("grpc.server.max_pending_requests_hard_limit", 1 << 14),
 ]
+_WATCHES = 64  # calls of a connection beyond its client's requests: those are told of the limit
+#: Of the server that answers health checks only, to anybody.
+_PROBE_OPTIONS = [
+    ("grpc.max_receive_message_length", 1 << 10),
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 16),
+    ("grpc.max_allowed_incoming_connections", 256),
+    ("grpc.max_connection_idle_ms", 60_000),
+]
 _POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 1.0  # for the calls that are left: watches, loads
 _EXIT_SECONDS = 2.0  # for threads that cannot be stopped: a compile, a hub that hangs
@@ -99,7 +108,12 @@ def make_server(
     scheduler = Scheduler(
         engine, cache.device_thread, queue_tokens, limits=cache.limits, activity=cache.activity
     )
-    options = [*_OPTIONS, ("grpc.max_allowed_incoming_connections", cache.limits.connections)]
+    options = [
+        *_OPTIONS,
+        ("grpc.max_allowed_incoming_connections", cache.limits.connections),
+        ("grpc.max_concurrent_streams", cache.limits.client_requests + _WATCHES),
+        ("grpc.http.overload_protection", 0),  # would refuse streams below that, with no reason
+    ]
     interceptor = Interceptor(access, gate, cache.activity)
     server = grpc.aio.server(interceptors=[interceptor], options=options)
     pb_grpc.add_NamingServiceServicer_to_server(NamingService(cache, engine), server)
@@ -178,7 +192,7 @@ async def _listen(server: Server, settings: Settings) -> grpc.aio.Server | None:
     )
     if not settings.health_listen:
         return None
-    probes = grpc.aio.server(options=_OPTIONS)
+    probes = grpc.aio.server(options=_PROBE_OPTIONS)
     health_pb2_grpc.add_HealthServicer_to_server(server.healthy, probes)
     _port(settings.health_listen, probes.add_insecure_port)
     await probes.start()

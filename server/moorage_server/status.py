@@ -90,4 +90,4 @@ def _packed(detail: Message) -> any_pb2.Any:
 
 def _short(message: str) -> str:
     cut = message.encode()[:_MAX_MESSAGE_BYTES].decode(errors="ignore")
-    return message if cut == message else f"{cut} ... (cut; the server's log has the rest)"
+    return message if cut == message else f"{cut} ... (cut; the server's log has more)"

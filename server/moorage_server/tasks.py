@@ -7,6 +7,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from moorage_server.logs import one_line
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -21,4 +23,4 @@ def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 def _note(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        _log.warning("%s", error)
+        _log.warning("%s", one_line(error))

@@ -697,7 +697,7 @@ class Bucket(_message.Message):
     def __init__(self, rows: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes", "max_queued_tokens", "answer_retention", "max_retained_bytes", "max_requests", "max_client_requests", "max_client_tokens", "max_connections", "max_models", "max_client_models", "max_leases", "max_client_leases")
+    __slots__ = ("max_message_bytes", "max_sequence_length", "max_output_bytes", "max_queued_tokens", "answer_retention", "max_retained_bytes", "max_requests", "max_client_requests", "max_client_tokens", "max_connections", "max_models", "max_client_models", "max_leases", "max_client_leases", "max_waiting_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -712,6 +712,7 @@ class Limits(_message.Message):
     MAX_CLIENT_MODELS_FIELD_NUMBER: _ClassVar[int]
     MAX_LEASES_FIELD_NUMBER: _ClassVar[int]
     MAX_CLIENT_LEASES_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_sequence_length: int
     max_output_bytes: int
@@ -726,7 +727,8 @@ class Limits(_message.Message):
     max_client_models: int
     max_leases: int
     max_client_leases: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., answer_retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_retained_bytes: _Optional[int] = ..., max_requests: _Optional[int] = ..., max_client_requests: _Optional[int] = ..., max_client_tokens: _Optional[int] = ..., max_connections: _Optional[int] = ..., max_models: _Optional[int] = ..., max_client_models: _Optional[int] = ..., max_leases: _Optional[int] = ..., max_client_leases: _Optional[int] = ...) -> None: ...
+    max_waiting_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_output_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., answer_retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_retained_bytes: _Optional[int] = ..., max_requests: _Optional[int] = ..., max_client_requests: _Optional[int] = ..., max_client_tokens: _Optional[int] = ..., max_connections: _Optional[int] = ..., max_models: _Optional[int] = ..., max_client_models: _Optional[int] = ..., max_leases: _Optional[int] = ..., max_client_leases: _Optional[int] = ..., max_waiting_bytes: _Optional[int] = ...) -> None: ...
 
 class Activity(_message.Message):
     __slots__ = ("requests", "forwards_under_way", "queued_tokens", "leases", "forwards", "tokens", "batches", "batch_tokens", "batch_slots", "loads", "refusals", "errors")

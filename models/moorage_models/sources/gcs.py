@@ -192,8 +192,8 @@ def _prefix(request: ModelRequest) -> Prefix:
     if path is None or not within(path[2]):
         raise ModelError(
             Reason.MODEL_PATH_REQUIRED,
-            f"source {request.source.name} needs the folder of {request.model_id} in a bucket as "
-            f"model_path: gs://bucket/prefix, not {request.model_path!r}",
+            f"source {request.source.name} needs the folder of {request.model_id!r} in a bucket "
+            f"as model_path: gs://bucket/prefix, not {request.model_path!r}",
         )
     return Prefix(path[1], path[2])
 

@@ -126,7 +126,8 @@ def open_directory(request: ModelRequest, policy: Policy) -> Directory:
     if not request.model_path:
         raise ModelError(
             Reason.MODEL_PATH_REQUIRED,
-            f"source {request.source.name} needs the directory of {request.model_id} as model_path",
+            f"source {request.source.name} needs the directory of {request.model_id!r} as "
+            "model_path",
         )
     folder = within_roots(request.model_path, policy)
     if not folder.is_dir():
