@@ -135,7 +135,9 @@ class LocalReference:
         self._config = checkpoint.config
         self._engine.load(_HANDLE, checkpoint, LoadMonitor())
         served = self._engine.info().buckets_for(checkpoint.config.max_position)
-        self._buckets = proven(served, lambda bucket: self._engine.probe(_HANDLE, bucket))
+        self._buckets = proven(
+            served, checkpoint.compute_dtype, lambda probe: self._engine.probe(_HANDLE, probe)
+        )
 
     def forward_async(self, rows: Rows, *, from_position: int) -> Future[Logprobs]:
         """Scores rows, here and now; `moorage.Model.forward_async` says what.

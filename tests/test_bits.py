@@ -63,7 +63,8 @@ def scores(
     ((output,),) = [profile.outputs for profile in profiles]
     lengths = [len(row) for row in rows]
     packed = make_rows(np.concatenate(rows).tolist(), lengths, [])
-    wanted = Wanted((output,), positions=np.arange(sum(lengths), dtype=np.int32))
+    positions = np.arange(sum(lengths) if output == "score" else 0, dtype=np.int32)
+    wanted = Wanted((output,), positions=positions)
     work = make_work(packed, wanted, config, buckets, profiles)
     devices = engine.info().mesh["fsdp"]
     score(work, buckets, devices, lambda *asked: engine.forward("model", *asked))

@@ -55,7 +55,7 @@ def test_health_checks_without_a_token_are_small():
     async def run() -> None:
         engine, policy = EngineDouble(), Policy()
         server = module.make_server(ModelCache(engine, policy), engine, policy)
-        await server.healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        server.healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         address = f"127.0.0.1:{free_port()}"
         settings = Settings(listen="127.0.0.1:0", health_listen=address)
         probes = await module._listen(server, settings)

@@ -78,8 +78,8 @@ async def test_unloading_cancels_a_running_load(cache, engine):
 
 @scenario
 async def test_a_load_that_cannot_be_stopped_any_more_is_unloaded(cache, engine):
-    """One whose shapes need no trial, as with one bucket of each length."""
-    with mock.patch.object(loader, "disputed", return_value=[]):
+    """One whose shapes need no trial, as with one row in each bucket."""
+    with mock.patch.object(loader, "probes", return_value=[]):
         engine.hold("loaded")
         task = asyncio.create_task(load(cache))
         await reached(engine, "loaded")
