@@ -140,6 +140,7 @@ def test_the_page_is_live_and_has_the_numbers_of_the_rpc(chromium):
             await until(page, "#no-models", "No model is loaded.")
             await page.evaluate("window.sameDocument = true")
             one = await client.load("llama3", "internal", "llama3", lease=600, client_name="grpo-7")
+            await until(page, ".state", "READY")
             engine.hold("place")
             loading = asyncio.create_task(client.load(EVIL, "internal", "qwen3_moe"))
             await until(page, ".state", "LOADING")
