@@ -136,7 +136,7 @@ class LocalReference:
         self._engine.load(_HANDLE, checkpoint, LoadMonitor())
         served = self._engine.info().buckets_for(checkpoint.config.max_position)
         self._buckets = proven(
-            served, checkpoint.compute_dtype, lambda probe: self._engine.probe(_HANDLE, probe)
+            served, checkpoint.compute_dtype, 1, lambda probe: self._engine.probe(_HANDLE, probe)
         )
 
     def forward_async(self, rows: Rows, *, from_position: int) -> Future[Logprobs]:

@@ -106,7 +106,7 @@ def test_whatever_the_bucket_of_those_that_were_proven(name: str, dtype: str) ->
     rows = rows_of(checkpoint.config.vocab_size, (5, 72, 128, 17, 40, 64, 99, 3))
     shapes = [Bucket(128, count) for count in (1, 2, 4, 8)]
     engine = serve(checkpoint, 1, shapes)
-    buckets = proven(shapes, dtype, lambda probe: engine.probe("model", probe))
+    buckets = proven(shapes, dtype, 1, lambda probe: engine.probe("model", probe))
     assert buckets[-1] == shapes[-1]
     assert buckets == tuple(shapes) or name != "llama3"
     found = [scores(engine, checkpoint.config, rows, [bucket]) for bucket in buckets]
@@ -123,7 +123,8 @@ def test_whatever_the_bucket_of_a_real_model(dtype: str) -> None:
     for size in (1, 2):
         shapes = [Bucket(128, size), Bucket(128, 4 * size), Bucket(128, 8 * size)]
         engine = serve(checkpoint, size, shapes)
-        for bucket in proven(shapes, dtype, lambda probe: engine.probe("model", probe)):  # noqa: B023
+        agreed = proven(shapes, dtype, size, lambda probe: engine.probe("model", probe))  # noqa: B023
+        for bucket in agreed:
             found = scores(engine, checkpoint.config, rows, [bucket])
             wanted = wanted or found
             assert same(found, wanted), (size, bucket)

@@ -34,28 +34,29 @@ def found(
     other = other or {}
     return {
         probe: [b"%d %d" % (row, row in other.get(probe.bucket, ())) for row in probe.rows]
-        for probe in probes(buckets, dtype)
+        for probe in probes(buckets, dtype, 1)
     }
 
 
-def test_the_same_rows_run_in_every_shape_of_a_length() -> None:
-    tried = probes(BUCKETS, "float32")
+def test_one_row_runs_in_every_shape_of_a_length() -> None:
+    tried = probes(BUCKETS, "float32", 1)
     rows = {bucket: [p.rows for p in tried if p.bucket == bucket] for bucket in BUCKETS}
     assert rows[Bucket(8, 1)] == [(0,)]
-    assert rows[Bucket(8, 2)] == [(0, 1)]
-    assert rows[Bucket(8, 4)] == [(0, 1, 2, 3), (1, 2, 3, 0)]  # each at two places
+    assert rows[Bucket(8, 2)] == [(0, 0)]
+    assert rows[Bucket(8, 4)] == [(0, 1, 2, 0)]  # at two places
     assert rows[Bucket(16, 1)] == []  # there is one way to run a row of this length
-    assert rows[Bucket(32, 2)] == [(0, 1)]
+    assert rows[Bucket(32, 2)] == [(0, 0)]
 
 
-def test_one_shape_of_many_rows_is_tried_too() -> None:
-    assert [probe.rows for probe in probes([Bucket(8, 2)], "float32")] == [(0, 1), (1, 0)]
+def test_one_shape_is_tried_if_a_device_has_several_rows() -> None:
+    assert [probe.rows for probe in probes([Bucket(8, 4)], "float32", 2)] == [(0, 1, 2, 0)]
+    assert probes([Bucket(8, 4)], "float32", 4) == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_many_rows_are_tried(dtype: str) -> None:
     for buckets in ([Bucket(128, 1), Bucket(128, 8)], [Bucket(512, 8)], [Bucket(128, 96)]):
-        tried = probes(buckets, dtype)
+        tried = probes(buckets, dtype, 1)
         for bucket in buckets:
             rows = {row for probe in tried if probe.bucket == bucket for row in probe.rows}
             assert rows == set(range(len(rows)))
@@ -68,7 +69,7 @@ def test_shapes_that_agree_are_all_used() -> None:
 
 def test_a_shape_with_other_bits_is_left_out() -> None:
     """If that is so of one row."""
-    wrong = {Bucket(8, 2): {1}}
+    wrong = {Bucket(8, 2): {0}}
     assert agreeing(BUCKETS, found(BUCKETS, wrong)) == tuple(b for b in BUCKETS if b not in wrong)
     wrong = {Bucket(8, 1): {901}}
     given = found(BUCKETS, wrong, "bfloat16")
@@ -76,13 +77,13 @@ def test_a_shape_with_other_bits_is_left_out() -> None:
 
 
 def test_the_largest_shape_decides() -> None:
-    wrong = {Bucket(32, 4): {1}}
+    wrong = {Bucket(32, 4): {0}}
     assert agreeing(BUCKETS, found(BUCKETS, wrong)) == (*BUCKETS[:4], Bucket(32, 4))
 
 
 def test_a_model_whose_rows_depend_on_their_place_is_refused() -> None:
     given = found(BUCKETS)
-    given[Probe(Bucket(8, 4), (1, 2, 3, 0))][2] = b"other"
+    given[Probe(Bucket(8, 4), (0, 1, 2, 0))][3] = b"other"
     with pytest.raises(ModelError, match="4 rows of 8 tokens") as caught:
         agreeing(BUCKETS, given)
     assert caught.value.reason is Reason.CHECKPOINT_UNSUPPORTED
@@ -90,7 +91,7 @@ def test_a_model_whose_rows_depend_on_their_place_is_refused() -> None:
 
 def test_a_row_is_the_same_in_every_batch() -> None:
     seen: dict[tuple[int, int], bytes] = {}
-    for probe in probes(BUCKETS, "float32"):
+    for probe in probes(BUCKETS, "bfloat16", 1):
         batch = batch_of(probe, 100)
         assert batch.bucket == probe.bucket
         assert batch.tokens.min() >= 0
@@ -108,7 +109,8 @@ def test_some_rows_are_padded() -> None:
 
 
 def tried(engine: LocalEngine, buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
-    return proven(buckets, "float32", lambda probe: engine.probe("model", probe))
+    devices = engine.info().mesh["fsdp"]
+    return proven(buckets, "float32", devices, lambda probe: engine.probe("model", probe))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])

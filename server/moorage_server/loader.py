@@ -123,10 +123,10 @@ class Loader:
 
         Each batch is tried by itself, so that other models' forward passes run in between.
         """
-        checkpoint, found = model.checkpoint, {}
-        served = self._engine.info().buckets_for(checkpoint.config.max_position)
+        checkpoint, info, found = model.checkpoint, self._engine.info(), {}
+        served = info.buckets_for(checkpoint.config.max_position)
         try:
-            for probe in probes(served, checkpoint.compute_dtype):
+            for probe in probes(served, checkpoint.compute_dtype, info.mesh.get("fsdp", 1)):
                 model.monitor.check()
                 found[probe] = await self.device_thread.run(self._engine.probe, model.handle, probe)
             model.buckets = agreeing(served, found)

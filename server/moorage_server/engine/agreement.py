@@ -20,27 +20,30 @@ from moorage_server.engine.api import Batch, Bucket, Probe
 HALF_PRECISION_TOKENS = 8192
 
 
-def probes(buckets: Iterable[Bucket], compute_dtype: str) -> list[Probe]:
+def probes(buckets: Iterable[Bucket], compute_dtype: str, devices: int) -> list[Probe]:
     """What must be tried of some buckets: where a row may come to lie in more than one way.
 
-    The same rows run in every bucket of their length, and in the largest once more, each at
-    another place and with other neighbours. In full precision another order shows in any row: a
-    smaller bucket is run once.
+    In full precision another order shows in any row: one, in the first and the last place of each
+    bucket. In half precision many rows run in every bucket of their length, and in the largest
+    once more, each at another place and with other neighbours.
 
     Args:
         buckets: The buckets.
         compute_dtype: The dtype of the arithmetic.
+        devices: Over how many devices rows are split.
     """
     found = []
     for largest in _largest(buckets).values():
         own = [bucket for bucket in sorted(buckets) if bucket.length == largest.length]
-        if len(own) == largest.rows == 1:
+        if len(own) == 1 and largest.rows == devices:
             continue
-        is_half = ITEM_BYTES[compute_dtype] == 2
-        tokens = HALF_PRECISION_TOKENS if is_half else 1
-        rows = list(range(-(-tokens // (largest.rows * largest.length)) * largest.rows))
+        if ITEM_BYTES[compute_dtype] > 2:
+            found += [Probe(bucket, (*range(bucket.rows - 1), 0)) for bucket in own]
+            continue
+        batches = -(-HALF_PRECISION_TOKENS // (largest.rows * largest.length))
+        rows = list(range(batches * largest.rows))
         for bucket in own:
-            found += _batches(bucket, rows if is_half else rows[: bucket.rows])
+            found += _batches(bucket, rows)
         found += _batches(largest, rows[1:] + rows[:1])
     return found
 
@@ -88,15 +91,19 @@ def agreeing(
     return tuple(
         bucket
         for bucket, own in given.items()
-        if all(given[largest[bucket.length]][row] == digests for row, digests in own.items())
+        if all(digests == given[largest[bucket.length]][row] for row, digests in own.items())
     )
 
 
 def proven(
-    buckets: Sequence[Bucket], compute_dtype: str, run: Callable[[Probe], Sequence[bytes]]
+    buckets: Sequence[Bucket],
+    compute_dtype: str,
+    devices: int,
+    run: Callable[[Probe], Sequence[bytes]],
 ) -> tuple[Bucket, ...]:
-    """Those of some buckets that agree, tried one after another; see `agreeing`."""
-    return agreeing(buckets, {probe: run(probe) for probe in probes(buckets, compute_dtype)})
+    """Those of some buckets that agree, tried one after another; see `probes` and `agreeing`."""
+    tried = probes(buckets, compute_dtype, devices)
+    return agreeing(buckets, {probe: run(probe) for probe in tried})
 
 
 def _largest(buckets: Iterable[Bucket]) -> dict[int, Bucket]:
