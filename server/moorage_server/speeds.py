@@ -59,8 +59,9 @@ class Speeds:
         So one that was slow by chance counts for a while, and is tried again.
         """
         speed = self._speeds.get((handle, bucket))
-        is_known = speed is not None and self._is_new(speed)
-        return bucket.rows * bucket.length / speed.tokens if speed and is_known else None
+        if speed is None or not self._is_new(speed):
+            return None
+        return bucket.rows * bucket.length / speed.tokens
 
     def least_seconds(self, handle: str, tokens: int, others: int) -> float | None:
         """How long a request takes at the least, after others; None if its model ran too long ago.
