@@ -47,12 +47,16 @@ class Model:
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """From ids [rows, length] to as many log-probabilities, packed; NaN at first tokens."""
+        return self.scored(ids)[0]
+
+    def scored(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
+        """The same, and the seconds that the devices took."""
         buckets = self._engine.info().buckets
         rows = make_rows(ids.reshape(-1).tolist(), [ids.shape[1]] * len(ids), [])
         work = make_work(rows, Wanted(outputs=("logprobs",)), self.config, buckets, _PROFILES)
         score(work, buckets, 1, self._forward)
         work.check()
-        return work.tensors["logprobs"]
+        return work.tensors["logprobs"], work.timings.execute + work.timings.transfer
 
     def _forward(self, batch: Batch, questions: Sequence[Question]) -> Answers:
         return self._engine.forward(_HANDLE, batch, questions)
