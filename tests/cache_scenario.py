@@ -15,8 +15,9 @@ from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.errors import ModelError
 from moorage_models.sources import ModelRequest, ModelSource, Policy
-from moorage_server.access import Access
+from moorage_server.access import Caller, Role
 from moorage_server.cache import Model, ModelCache
+from moorage_server.calls import CURRENT, Call
 from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
 from moorage_server.scheduler import Scheduler
@@ -24,8 +25,8 @@ from moorage_server.service import ScoringService
 
 HALF = {"fetch": (100, 100), "place": (50, 100)}
 CONTEXT = mock.create_autospec(grpc.aio.ServicerContext)
-CONTEXT.peer.return_value = "ipv4:127.0.0.1:1"
 CONTEXT.time_remaining.return_value = None
+CALL = Call("Forward", "1", Caller("ipv4:127.0.0.1:1", Role.ADMIN))
 PATH = str(GOLDEN / "llama3")
 WHOLE = {"fetch": (100, 100), "place": (100, 100), "compile": (100, 100)}
 
@@ -47,6 +48,7 @@ def scenario(body=None, *, room=1 << 20, now=time.monotonic):
         async def run():
             loop = asyncio.get_running_loop()
             loop.set_exception_handler(lambda _, context: problems.append(context))
+            CURRENT.set(CALL)
             try:
                 await asyncio.wait_for(body(ModelCache(engine, Policy(), now), engine), 20)
             finally:
@@ -88,9 +90,7 @@ async def load(cache, request=None, seen=None):
 async def forward(cache, engine, model: Model):
     """One pass over three tokens, by the servicer itself."""
     request = pb.ForwardRequest(handle=model.handle, token_ids=[7, 8, 9], row_lengths=[3])
-    service = ScoringService(
-        cache, engine, Scheduler(engine, cache.device_thread), Draining(), Access()
-    )
+    service = ScoringService(cache, engine, Scheduler(engine, cache.device_thread), Draining())
     return [part async for part in service.Forward(request, CONTEXT)]
 
 

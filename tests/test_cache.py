@@ -30,7 +30,6 @@ from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
 from moorage_models.sources import ModelRequest, ModelSource
 from moorage_server import cache as cache_module
-from moorage_server.access import Access
 from moorage_server.cache import State
 from moorage_server.draining import Draining
 from moorage_server.errors import Reason, ServerError
@@ -109,7 +108,7 @@ async def test_a_caller_that_leaves_while_the_source_is_asked_leaves_the_load(ca
 
     with mock.patch.object(cache_module, "open_checkpoint", slow):
         spec = pb.ModelSpec(model_id="x", source="MODEL_SOURCE_INTERNAL", model_path=PATH)
-        answers = ModelService(cache, Draining(), Access()).LoadModel(
+        answers = ModelService(cache, Draining()).LoadModel(
             pb.LoadModelRequest(model=spec), CONTEXT
         )
         task = asyncio.create_task(anext(answers))

@@ -13,7 +13,6 @@ from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.sources import Policy
 from moorage_server import convert, serving
-from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.errors import Reason, ServerError
 from moorage_server.service import ModelService, ScoringService
@@ -22,13 +21,13 @@ from moorage_server.settings import Settings
 
 
 async def answer(server, engine, model):
-    service = ScoringService(server.cache, engine, server.scheduler, server.draining, Access())
+    service = ScoringService(server.cache, engine, server.scheduler, server.draining)
     request = pb.ForwardRequest(handle=model.handle, token_ids=[7, 8, 9], row_lengths=[3])
     return [part.WhichOneof("part") async for part in service.Forward(request, CONTEXT)]
 
 
 async def ask_for_model(server):
-    service = ModelService(server.cache, server.draining, Access())
+    service = ModelService(server.cache, server.draining)
     request = pb.LoadModelRequest(model=convert.to_spec(wanted("gemma2")))
     return [part.WhichOneof("event") async for part in service.LoadModel(request, CONTEXT)]
 

@@ -18,7 +18,6 @@ from cache_scenario import (
 from conftest import GOLDEN
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.errors import ModelError
-from moorage_server.access import Access
 from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
 from moorage_server.lifecycle import State
@@ -188,7 +187,7 @@ def request(name, **fields):
 def test_a_load_that_all_have_left_ends_if_all_asked_for_that(others, caplog):
     async def body(cache, engine):
         engine.hold("place")
-        service = ModelService(cache, Draining(), Access())
+        service = ModelService(cache, Draining())
         calls = [service.LoadModel(request("llama3", cancel_if_abandoned=True), CONTEXT)]
         calls += [service.LoadModel(request("llama3"), CONTEXT)] * others
         watching = [asyncio.create_task(anext(call)) for call in calls]
@@ -212,7 +211,7 @@ def test_a_load_that_all_have_left_ends_if_all_asked_for_that(others, caplog):
 
 @scenario(now=CLOCK)
 async def test_a_lease_by_the_wire(cache, engine):
-    service = ModelService(cache, Draining(), Access())
+    service = ModelService(cache, Draining())
     spec = pb.LeaseSpec(client="run 7")
     spec.duration.FromSeconds(30)
     answers = [a async for a in service.LoadModel(request("llama3", lease=spec), CONTEXT)]
@@ -247,16 +246,14 @@ async def test_who_watches_learns_of_a_lease_that_ends_by_itself(cache, engine):
 @scenario
 async def test_a_lease_that_cannot_be_is_refused_before_the_load(cache, engine):
     spec = pb.LeaseSpec(client="run 7")
-    answers = ModelService(cache, Draining(), Access()).LoadModel(
-        request("llama3", lease=spec), CONTEXT
-    )
+    answers = ModelService(cache, Draining()).LoadModel(request("llama3", lease=spec), CONTEXT)
     assert await refusal(anext(answers)) == "INVALID_REQUEST"
     assert cache.models() == []
 
 
 @scenario
 async def test_a_watch_tells_what_becomes_of_models(cache, engine):
-    service = ModelService(cache, Draining(), Access())
+    service = ModelService(cache, Draining())
     first = await load(cache, A)
     watch = service.WatchModels(pb.WatchModelsRequest(), CONTEXT)
     start = await anext(watch)

@@ -7,6 +7,7 @@ loop turns as often as a rule says: a sequence that fails once fails again.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import shutil
 import tempfile
@@ -28,15 +29,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cache_scenario import CONTEXT, wanted
+from cache_scenario import CALL, CONTEXT, wanted
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
 from moorage_models.sources import Policy
 from moorage_server import cache as cache_module
 from moorage_server import convert, device_thread, loader
-from moorage_server.access import Access
 from moorage_server.cache import ModelCache
+from moorage_server.calls import CURRENT
 from moorage_server.draining import Draining
 from moorage_server.engine import agreement
 from moorage_server.errors import ServerError
@@ -151,9 +152,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.turn(turns)
 
     async def _load(self, message: pb.LoadModelRequest) -> None:
-        async for answer in ModelService(self.cache, Draining(), Access()).LoadModel(
-            message, CONTEXT
-        ):
+        async for answer in ModelService(self.cache, Draining()).LoadModel(message, CONTEXT):
             if answer.HasField("model"):
                 handle, seconds = answer.model.handle, message.lease.duration.seconds
                 model = self.cache.get(handle)
@@ -170,7 +169,7 @@ class Lifecycle(RuleBasedStateMachine):
     async def _forward(self, handle: str) -> None:
         ready, awaited = self._is_ready(handle), handle in self.awaited
         message = pb.ForwardRequest(handle=handle, token_ids=[7, 8, 9], row_lengths=[3])
-        service = ScoringService(self.cache, self.engine, self.scheduler, Draining(), Access())
+        service = ScoringService(self.cache, self.engine, self.scheduler, Draining())
         answers = service.Forward(message, CONTEXT)
         found: object = None
         try:
@@ -209,7 +208,7 @@ class Lifecycle(RuleBasedStateMachine):
         message = pb.UnloadModelRequest(handle=handle, lease_id=own, force=force)
         reason = ""
         try:
-            await ModelService(self.cache, Draining(), Access()).UnloadModel(message, CONTEXT)
+            await ModelService(self.cache, Draining()).UnloadModel(message, CONTEXT)
         except ServerError as error:
             reason = str(error.reason)
         assert reason == refused
@@ -428,7 +427,9 @@ class Lifecycle(RuleBasedStateMachine):
     # How it is found out.
 
     def _begin(self, calling: Coroutine[Any, Any, None], handle: str, loads: bool = False) -> None:
-        task = self.loop.create_task(calling)
+        context = contextvars.copy_context()
+        context.run(CURRENT.set, CALL)
+        task = self.loop.create_task(calling, context=context)
         self.calls.append(Call(task, handle, self.unloads[handle], loads))
 
     def _pool(self, workers: int, name: str) -> Pool:

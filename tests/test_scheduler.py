@@ -16,8 +16,9 @@ from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.checkpoint import open_checkpoint
 from moorage_server import answers, scheduler, service
-from moorage_server.access import Access
+from moorage_server.access import Caller, Role
 from moorage_server.cache import ModelCache
+from moorage_server.calls import CURRENT, Call
 from moorage_server.device_thread import DeviceThread
 from moorage_server.draining import Draining
 from moorage_server.engine import Answers
@@ -52,7 +53,7 @@ class Desk:
     def __init__(self, cache, engine, model, **limits):
         self.engine, self.model = engine, model
         self.scheduler = Scheduler(engine, cache.device_thread, **limits)
-        self.service = ScoringService(cache, engine, self.scheduler, Draining(), Access())
+        self.service = ScoringService(cache, engine, self.scheduler, Draining())
 
     def request(self, *rows, **fields):
         tokens = [token for row in rows for token in row]
@@ -63,11 +64,11 @@ class Desk:
     def ask(self, *rows, client="a", seconds=None, seen=None, **fields):
         """A task that gives the log-probabilities."""
         context = mock.create_autospec(grpc.aio.ServicerContext)
-        context.peer.return_value = client
         context.time_remaining.return_value = seconds
         request = self.request(*rows, **fields)
 
         async def run():
+            CURRENT.set(Call("Forward", "1", Caller(client, Role.SCORE)))
             data = b""
             async for part in self.service.Forward(request, context):
                 data += part.chunk.data

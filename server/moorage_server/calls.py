@@ -39,3 +39,8 @@ class Call:
 
 #: The call that the running task answers, or that had it begun.
 CURRENT: ContextVar[Call] = ContextVar("call")
+
+
+def caller() -> Caller:
+    """Who makes the call that the running task answers."""
+    return CURRENT.get().caller

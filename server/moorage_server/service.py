@@ -18,8 +18,9 @@ from moorage_models.families import FAMILIES, PRESETS
 from moorage_models.naming import ModelNaming, find_preset
 from moorage_models.plan import Plan, preset_plan
 from moorage_server import answering, convert
-from moorage_server.access import Access, Role
+from moorage_server.access import Role
 from moorage_server.cache import ModelCache
+from moorage_server.calls import caller
 from moorage_server.draining import Draining
 from moorage_server.engine import Engine
 from moorage_server.engine.outputs import served
@@ -107,10 +108,9 @@ class NamingService(pb_grpc.NamingServiceServicer):
 class ModelService(pb_grpc.ModelServiceServicer):
     """Loads, lists and unloads."""
 
-    def __init__(self, cache: ModelCache, draining: Draining, access: Access) -> None:
+    def __init__(self, cache: ModelCache, draining: Draining) -> None:
         self._cache = cache
         self._draining = draining
-        self._access = access
 
     async def LoadModel(  # noqa: N802
         self, request: pb.LoadModelRequest, context: Context
@@ -118,7 +118,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         """Joins or starts a load; it goes on when its callers leave, unless they want otherwise."""
         self._draining.check()
         lease_seconds, model = _lease_seconds(request), None
-        client = self._access.caller_of(context).name
+        client = caller().name
         while model is None or model.state is not State.READY:  # evicted as this one came
             started: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
             try:
@@ -181,8 +181,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
     ) -> pb.UnloadModelResponse:
         """Drains and frees."""
         if request.force:
-            caller = self._access.caller_of(context)
-            caller.check(Role.ADMIN, "unloading a model that others lease")
+            caller().check(Role.ADMIN, "unloading a model that others lease")
         freed = await self._cache.unload(request.handle, request.lease_id, request.force)
         return pb.UnloadModelResponse(device_bytes=convert.to_device_bytes(freed))
 
@@ -244,18 +243,12 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
     """Runs forward passes."""
 
     def __init__(
-        self,
-        cache: ModelCache,
-        engine: Engine,
-        scheduler: Scheduler,
-        draining: Draining,
-        access: Access,
+        self, cache: ModelCache, engine: Engine, scheduler: Scheduler, draining: Draining
     ) -> None:
         self._cache = cache
         self._info = engine.info()
         self._scheduler = scheduler
         self._draining = draining
-        self._access = access
 
     async def Forward(  # noqa: N802
         self, request: pb.ForwardRequest, context: Context
@@ -267,7 +260,7 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         if job is None:
             model = await self._cache.when_ready(request.handle)
             self._draining.check()
-            client = self._access.caller_of(context).name
+            client = caller().name
             self._scheduler.check_room(client, len(request.token_ids))
             job = self._scheduler.take(
                 self._job(model, request, client),
