@@ -17,7 +17,7 @@ from server_process import server_process
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 
-MODEST = 4
+MODEST, ROUNDS = 4, 3
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,16 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 
 
 def test_ten_times_the_load(load, pool):
-    peak = pool.submit(keep_busy, load, 4, 8.0).result()
-    told = pool.submit(flood, load, 10 * peak, 30.0).result()
-    again = pool.submit(keep_busy, load, 4, 8.0).result()
-    print(f"{load.rows} rows, peak {peak:.1f} and {again:.1f} a second, overload {told}")
-    assert 10 <= peak <= 20
-    assert set(told.counts) == {"answered", "QUEUE_FULL"}
-    assert told.rate >= 0.9 * max(peak, again)
-    assert told.counts["QUEUE_FULL"] > 7 * told.counts["answered"]
+    """Peaks and floods take turns: the speed of a machine that others use differs by the minute."""
+    peaks, floods = [], []
+    for _ in range(ROUNDS):
+        peaks.append(pool.submit(keep_busy, load, 4, 20.0).result())
+        floods.append(pool.submit(flood, load, 10 * peaks[0], 30.0).result())
+        print(f"{load.rows} rows, peak {peaks[-1]:.1f} a second, overload {floods[-1]}")
+        assert set(floods[-1].counts) == {"answered", "QUEUE_FULL"}
+        assert floods[-1].counts["QUEUE_FULL"] > 7 * floods[-1].counts["answered"]
+    assert all(10 <= peak <= 20 for peak in peaks)
+    assert sum(told.rate for told in floods) >= 0.9 * sum(peaks)
 
 
 def test_the_client_library_gets_all_of_it_done(load, pool):
