@@ -2,9 +2,9 @@
 
     python benchmarks/restart.py
 
-Two server processes, one after the other, load SmolLM2-135M-Instruct with all default buckets and
-outputs: the first with an empty folder for compiled programs, the second with what it left there.
-The figure is the seconds of the stage `compile`, warm over cold.
+Pairs of server processes, one after the other, load SmolLM2-135M-Instruct with all default buckets
+and outputs: the first with an empty folder for compiled programs, the second with what it left
+there. The figure is the seconds of the stage `compile`, warm over cold.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ TARGET = "<= 0.20"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=real_models.RECIPES, default="smollm2-135m-instruct")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     model = real_models.make(args.model)
-    with tempfile.TemporaryDirectory() as scratch:
-        cold, warm = (compile_seconds(model, Path(scratch)) for _ in range(2))
+    cold, warm = zip(*(restart(model) for _ in range(args.rounds)), strict=True)
     print(turns.HEADER)
-    turns.show("seconds of the stage compile, cold", [cold])
-    turns.show("seconds of the stage compile, warm", [warm])
-    turns.show("restart: compile, warm / cold", [warm / cold], TARGET)
+    turns.show("seconds of the stage compile, cold", cold)
+    turns.show("seconds of the stage compile, warm", warm)
+    turns.show("restart: compile, warm / cold", turns.ratios(warm, cold), TARGET)
+
+
+def restart(model: Path) -> tuple[float, float]:
+    """How long the stage takes without programs to be found, and with them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return compile_seconds(model, Path(scratch)), compile_seconds(model, Path(scratch))
 
 
 def compile_seconds(model: Path, scratch: Path) -> float:

@@ -7,7 +7,7 @@ never compiles.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -164,16 +164,18 @@ def compile_programs(
     heads = [partial(lower_head, plan, mesh, profile) for profile in profiles]
     monitor.expect("compile", len(trunks) + len(gathers) + len(heads))
 
-    def compiled(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+    def compiled(lowered: jax.stages.Lowered, *, is_trunk: bool) -> Compiled:
         monitor.check()
-        lowered = lower()
-        monitor.check()
-        program = compile_lowered(lowered, mesh, is_trunk=lower in trunks)
+        program = compile_lowered(lowered, mesh, is_trunk=is_trunk)
         monitor.advance("compile", 1)
         return program
 
     with ThreadPoolExecutor(_COMPILE_THREADS, "compile") as pool:
-        programs = list(pool.map(compiled, [*trunks, *gathers, *heads]))
+        running = []
+        for lower in [*trunks, *gathers, *heads]:  # by one thread: Python has no use for more
+            monitor.check()
+            running.append(pool.submit(compiled, lower(), is_trunk=lower in trunks))
+        programs = [program.result() for program in running]
     count = len(buckets)
     return Programs(
         plan.config,
