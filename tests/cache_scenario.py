@@ -89,6 +89,7 @@ async def load(cache, request=None, seen=None):
 
 async def forward(cache, engine, model: Model):
     """One pass over three tokens, by the servicer itself."""
+    CURRENT.set(CALL)
     request = pb.ForwardRequest(handle=model.handle, token_ids=[7, 8, 9], row_lengths=[3])
     service = ScoringService(cache, engine, Scheduler(engine, cache.device_thread), Draining())
     return [part async for part in service.Forward(request, CONTEXT)]

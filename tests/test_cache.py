@@ -4,6 +4,7 @@ import asyncio
 import logging
 import shutil
 import threading
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -127,6 +128,34 @@ async def test_who_leaves_a_look_that_is_shared_leaves_it_to_the_others(cache, e
     looking.cancel()
     assert (await loading).state is State.READY
     assert looking.cancelled()
+
+
+@scenario
+async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(cache, engine):
+    hang, hung = threading.Event(), threading.Semaphore(0)
+
+    def look(request, *arguments, **options):
+        if request.model_id == "hangs":
+            hung.release()
+            hang.wait(20)
+        return open_checkpoint(request, *arguments, **options)
+
+    def asked(revision: int) -> ModelRequest:
+        return replace(wanted(), model_id="hangs", revision=str(revision))
+
+    with mock.patch.object(cache_module, "open_checkpoint", look):
+        joins = [cache.join(asked(i), client="a") for i in range(32)]
+        looks = [asyncio.create_task(cache.look(asked(i), "a")) for i in range(32)]
+        for _ in range(64):
+            await asyncio.to_thread(hung.acquire, timeout=20)
+        for task in looks:
+            await abandon(task)  # its look goes on
+        assert await refusal(cache.join(wanted(), client="a")) is Reason.LIMIT_EXCEEDED
+        assert await refusal(cache.look(wanted(), "a")) is Reason.LIMIT_EXCEEDED
+        assert await asyncio.wait_for(cache.look(wanted(), "b"), 10)
+        hang.set()
+        await asyncio.gather(*joins)
+    assert await cache.look(wanted(), "a")
 
 
 @scenario

@@ -120,8 +120,8 @@ class Lifecycle(RuleBasedStateMachine):
         self.loop.set_exception_handler(lambda _, context: problems.append(context))
         self.engine = SteppedEngine(self._in_use)
         self.pools: list[Pool] = []
-        self.loop.set_default_executor(self._pool(8, "look"))
         with (
+            mock.patch.object(cache_module, "ThreadPoolExecutor", self._pool),
             mock.patch.object(loader, "ThreadPoolExecutor", self._pool),
             mock.patch.object(device_thread, "ThreadPoolExecutor", self._pool),
         ):

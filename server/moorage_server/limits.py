@@ -22,7 +22,7 @@ class Limits:
         client_tokens: Tokens that wait for the devices, padding included.
         connections: Connections that are open.
         models: Models that are loaded or on their way.
-        client_models: Those that it asked for first.
+        client_models: Those that it asked for first; and its looks into sources.
         leases: Leases that have not ended.
         client_leases: The same.
     """

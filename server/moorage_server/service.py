@@ -53,7 +53,7 @@ class NamingService(pb_grpc.NamingServiceServicer):
         preset = _preset(request.model.model_id)
         if request.check_source or (request.estimate and preset is None):
             try:
-                checkpoint = await self._cache.look(wanted)
+                checkpoint = await self._cache.look(wanted, caller().name)
             except ModelError as error:
                 return _refused(request.model.model_id, error)
             response, plan = convert.loadable(checkpoint), checkpoint.plan
