@@ -295,7 +295,7 @@ async def test_a_failure_is_not_kept(made, engine):
     same(await made.ask(*FOUR, request_id="1"), FOUR_GIVE)
 
 
-@at_a_desk(answer_bytes=100_000)
+@at_a_desk(answer_bytes=1)
 async def test_a_refused_request_takes_no_memory_for_its_answer(made, engine):
     await made.block()
     with mock.patch.object(np, "full", side_effect=AssertionError("memory was taken")):
@@ -500,15 +500,15 @@ async def test_a_deadline_that_can_be_met_is_not_refused(made, engine):
 async def test_answers_that_are_waited_for_are_bounded(made, engine):
     await made.block()
     wide = {"outputs": {"names": ["logits"]}}
-    first = made.ask([1] * 60, client="a", **wide)
+    asked = [made.ask([1] * 60, client=name, **wide) for name in "ab"]  # the last one is over it
     await settle()
-    task = made.ask([1] * 60, client="b", **wide)
+    task = made.ask([1], client="c", **wide)
     with pytest.raises(ServerError, match="in all they may have 100000") as caught:
         await task
     assert (caught.value.reason, caught.value.retry_after) == (Reason.QUEUE_FULL, 1.0)
     engine.release()
-    await first
-    await made.ask([1] * 60, client="b", **wide)
+    await asyncio.gather(*asked)
+    await made.ask([1], client="c", **wide)
 
 
 @at_a_desk(Wide, answer_bytes=200_000)

@@ -53,6 +53,15 @@ def test_what_was_measured_long_ago_is_tried_again():
     assert speeds.least_seconds("m", 128, 0) == pytest.approx(0.1)
 
 
+def test_models_that_are_gone_leave_nothing_behind():
+    clock = Clock()
+    speeds = Speeds(clock)
+    for number in range(1000):
+        clock.seconds += 1.0
+        speeds.note(f"m{number}", ONE, 128, 0.1)
+    assert len(speeds._speeds) <= FRESH_SECONDS + 1
+
+
 def test_the_pace_counts_rows_and_speeds_count_places():
     speeds = Speeds(Clock())
     speeds.note("m", FOUR, 128, 0.1)

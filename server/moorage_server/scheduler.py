@@ -186,7 +186,8 @@ class Scheduler:
     def _check_bytes(self, job: Job) -> None:
         """Refuses a request that would take too much; shares are as those of `FairQueue.excess`."""
         held, own = self._nbytes.total(), self._nbytes[job.client]
-        if held and held + job.nbytes + own > self.answer_bytes:
+        free = self.answer_bytes - held
+        if free <= 0 or own and own + job.nbytes > free:
             text = (
                 f"this request takes {job.nbytes} bytes, those before it {held}, {own} of them "
                 f"this client's; in all they may have {self.answer_bytes} (max_waiting_bytes), and "

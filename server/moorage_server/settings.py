@@ -233,7 +233,7 @@ class Settings:
         parsing.count,
         str(_LIMITS.client_models),
         "N",
-        "how many of them one client may have asked for first, and sources looked into for it at once",
+        "how many of them one client may have asked for first, and be looking for at once",
     )
     max_leases: int = _setting(
         "Limits", parsing.count, str(_LIMITS.leases), "N", "how many leases there may be"

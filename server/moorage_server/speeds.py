@@ -50,7 +50,8 @@ class Speeds:
         seconds, earlier = max(seconds, 1e-6), self._speeds.get((handle, bucket))
         full = bucket.rows * bucket.length / seconds
         speed = _smoothed(earlier.tokens if earlier else full, full)
-        self._speeds[handle, bucket] = _Speed(speed, self._now())
+        fresh = {key: speed for key, speed in self._speeds.items() if self._is_new(speed)}
+        self._speeds = fresh | {(handle, bucket): _Speed(speed, self._now())}
         self.pace = _smoothed(self.pace or tokens / seconds, tokens / seconds)
 
     def seconds(self, handle: str, bucket: Bucket) -> float | None:
