@@ -187,7 +187,7 @@ class Scheduler:
         """Refuses a request that would take too much; shares are as those of `FairQueue.excess`."""
         held, own = self._nbytes.total(), self._nbytes[job.client]
         free = self.answer_bytes - held
-        if free <= 0 or own and own + job.nbytes > free:
+        if free <= 0 or (own and own + job.nbytes > free):
             text = (
                 f"this request takes {job.nbytes} bytes, those before it {held}, {own} of them "
                 f"this client's; in all they may have {self.answer_bytes} (max_waiting_bytes), and "
