@@ -19,6 +19,7 @@ from engine_double import EngineDouble
 from moorage_models.checkpoint import open_checkpoint
 from moorage_models.sources import ModelRequest, ModelSource, Policy
 from moorage_server import cache as cache_module
+from moorage_server import service
 from moorage_server.cache import ModelCache
 from moorage_server.errors import ServerError
 from moorage_server.journal import Entry, Journal
@@ -71,6 +72,11 @@ def lost(cache):
     return caught.value
 
 
+async def when_ready(cache, handle):
+    assert await cache.restored(handle)
+    return cache.ready(handle)
+
+
 def handles(journal):
     return [entry["handle"] for entry in json.loads(journal.path.read_text())["models"]]
 
@@ -101,12 +107,16 @@ def test_a_forward_waits_for_a_model_that_is_being_restored(journal):
         cache = ModelCache(engine, Policy(), journal=journal)
         engine.hold("place")
         cache.restore()
-        asked = asyncio.create_task(forward(cache, engine, model))
-        await reached(engine, "place")
-        assert not asked.done()
-        assert handles(journal) == [model.handle]  # as long as it is not ready, too
-        engine.release("place")
-        assert len(await asked) == 2
+        with mock.patch.object(service, "_HEARTBEAT_SECONDS", 0.02):
+            asked = asyncio.create_task(forward(cache, engine, model))
+            await reached(engine, "place")
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            assert handles(journal) == [model.handle]  # as long as it is not ready, too
+            engine.release("place")
+            parts = await asked
+        assert [part.WhichOneof("part") for part in parts[-2:]] == ["header", "chunk"]
+        assert {part.progress.rows for part in parts[:-2]} == {1}  # signs of life
         assert cache.renew(lease.id).client == "me"
         assert [held.id for held in cache.leases.of(model.handle)] == [lease.id]
 
@@ -118,7 +128,7 @@ def test_a_model_that_cannot_be_restored_is_forgotten(journal):
         journal.write([Entry("gone", wanted("nothing"))], [replace(LEASE, handle="gone")], 0.0)
         cache = ModelCache(EngineDouble(), Policy(), journal=journal)
         cache.restore()
-        assert await refusal(cache.when_ready("gone")) == "MODEL_NOT_LOADED"
+        assert await refusal(when_ready(cache, "gone")) == "MODEL_NOT_LOADED"
         assert handles(journal) == []
         told = lost(cache)
         assert "load the model again" in told.message
@@ -132,7 +142,7 @@ def test_a_model_whose_files_have_changed_is_another_model(journal):
         journal.write([Entry("before", wanted())], [replace(LEASE, handle="before")], 0.0)
         cache = ModelCache(EngineDouble(), Policy(), journal=journal)
         cache.restore()
-        assert await refusal(cache.when_ready("before")) == "MODEL_NOT_LOADED"
+        assert await refusal(when_ready(cache, "before")) == "MODEL_NOT_LOADED"
         assert not cache.is_restoring
         (model,) = cache.models()
         await model.load
@@ -152,7 +162,7 @@ def test_a_server_that_is_stopped_while_it_restores_forgets_nothing(journal):
         cache.restore()
         await reached(engine, "place")
         cache.stop()
-        assert await refusal(cache.when_ready(model.handle)) == "MODEL_NOT_LOADED"
+        assert await refusal(when_ready(cache, model.handle)) == "MODEL_NOT_LOADED"
         assert handles(journal) == [model.handle]
 
     run(body)
@@ -181,7 +191,7 @@ def test_what_is_restored_has_its_memory_before_what_is_asked_for_now(journal):
             found.set()
             assert await refusal(other) == "DEVICE_BUDGET_EXCEEDED"
         engine.release("place")
-        assert await cache.when_ready(model.handle)
+        assert await when_ready(cache, model.handle)
 
     run(body)
 

@@ -41,7 +41,8 @@ def cache_of_one(engine):
     """The part of a cache that a servicer asks for a model; "m" is loaded."""
     cache = mock.create_autospec(ModelCache, instance=True)
     model = Model("m", checkpoint(), lambda model: None, State.READY, buckets=engine.info().buckets)
-    cache.when_ready.return_value = model
+    cache.restored.return_value = True
+    cache.ready.return_value = model
     cache.device_thread = DeviceThread()
     engine.loaded.add("m")
     return cache
@@ -97,7 +98,7 @@ def at_a_desk(kind=EngineDouble, **limits):
                 loop.set_exception_handler(lambda _, context: problems.append(context))
                 cache = cache_of_one(engine)
                 try:
-                    made = Desk(cache, engine, await cache.when_ready("m"), **limits)
+                    made = Desk(cache, engine, cache.ready("m"), **limits)
                     await asyncio.wait_for(body(made, engine), 20)
                 finally:
                     engine.release()

@@ -184,14 +184,9 @@ class ModelCache:
         """Whether models are still to come, of the server before this one or to be preloaded."""
         return self._restoration.is_running
 
-    async def when_ready(self, handle: str) -> Model:
-        """A model that can be run; waits for one that is being restored.
-
-        Raises:
-            ServerError: MODEL_NOT_LOADED.
-        """
-        await self._restoration.wait(handle)
-        return self.ready(handle)
+    async def restored(self, handle: str, seconds: float | None = None) -> bool:
+        """Waits for a model if it is being restored; see `Restoration.wait`."""
+        return await self._restoration.wait(handle, seconds)
 
     def ready(self, handle: str) -> Model:
         """A model that can be run.

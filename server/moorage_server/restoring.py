@@ -85,10 +85,19 @@ class Restoration:
         """Whether models of the last server, or of the list to preload, are still to come."""
         return bool(self._waiting or self._preloads)
 
-    async def wait(self, handle: str) -> None:
-        """Returns once a model of the last server is ready, or will not be; else at once."""
+    async def wait(self, handle: str, seconds: float | None = None) -> bool:
+        """Waits until a model of the last server is ready, or will not be.
+
+        Args:
+            handle: The model; for any other it returns at once.
+            seconds: How long at the most; None for any time.
+
+        Returns:
+            Whether there is nothing to wait for any more.
+        """
         if handle in self._waiting:
-            await asyncio.wait([self._tasks[handle]])
+            await asyncio.wait([self._tasks[handle]], timeout=seconds)
+        return handle not in self._waiting
 
     async def admitted(self) -> None:
         """Returns once models of the last server have their memory again, or will not have it.

@@ -258,9 +258,11 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
         fingerprint = answering.fingerprint(request) if request.request_id else b""
         job = self._scheduler.find(request.request_id, fingerprint)
         if job is None:
-            model = await self._cache.when_ready(request.handle)
+            async with aclosing(self._restored(request)) as progress:
+                async for response in progress:
+                    yield response
             self._draining.check()
-            client = caller().name
+            model, client = self._cache.ready(request.handle), caller().name
             self._scheduler.check_room(client, len(request.token_ids))
             job = self._scheduler.take(
                 self._job(model, request, client),
@@ -277,6 +279,14 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
             yield pb.ForwardResponse(header=answering.header(job, self._info))
             for response in chunks:
                 yield response
+
+    async def _restored(
+        self, request: pb.ForwardRequest
+    ) -> AsyncGenerator[pb.ForwardResponse, None]:
+        """Waits for a model that is being restored, with signs of life."""
+        while not await self._cache.restored(request.handle, _HEARTBEAT_SECONDS):
+            progress = pb.ForwardProgress(rows=len(request.row_lengths))
+            yield pb.ForwardResponse(progress=progress)
 
     async def _finish(self, job: Job) -> AsyncGenerator[pb.ForwardResponse, None]:
         """Waits for a request, with signs of life."""
