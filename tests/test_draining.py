@@ -80,18 +80,27 @@ async def test_a_second_signal_or_the_end_of_the_time_ends_the_wait(cache, engin
     await running
 
 
-#: A server that is told to stop while its engine is made.
+#: A server that is told to stop while it is imported, or while its engine is made.
 EARLY = """
-import os, signal, sys
-from moorage_server import main
+import importlib, os, signal, sys
+from moorage import cli
 
-main._engine = lambda _: os.kill(os.getpid(), signal.SIGTERM)
-sys.exit(main.main([]) or 3)
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+if sys.argv[1] == "import":
+    importlib.import_module = stop
+else:
+    from moorage_server import main
+
+    main._engine = stop
+sys.exit(cli.main(["serve"]) or 3)
 """
 
 
-def test_a_signal_before_anything_was_taken_ends_the_process():
-    command = [sys.executable, "-c", EARLY]
+@pytest.mark.parametrize("moment", ["import", "engine"])
+def test_a_signal_before_anything_was_taken_ends_the_process(moment):
+    command = [sys.executable, "-c", EARLY, moment]
     assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
 

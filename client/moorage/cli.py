@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,16 @@ def _serve(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    return int(importlib.import_module("moorage_server.main").main(argv) or 0)
+    before = signal.signal(signal.SIGTERM, _end)  # or the first process of a container has none
+    try:
+        return int(importlib.import_module("moorage_server.main").main(argv) or 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(*_: object) -> None:
+    """Ends a server that has taken nothing yet; an exception might be lost in code that runs."""
+    os._exit(0)
 
 
 def _run(argv: list[str]) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -36,19 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 after a stop that was asked for, 1 if the server could not start, 2 if the
         flags are wrong.
     """
-    before = signal.signal(signal.SIGTERM, _end)  # or the first process of a container has none
-    try:
-        return _run(all_settings.parser().parse_args(argv))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _end(*_: object) -> None:
-    """Ends a process that has taken nothing yet; an exception might be lost in code that runs."""
-    os._exit(0)
-
-
-def _run(arguments: argparse.Namespace) -> int:
+    arguments = all_settings.parser().parse_args(argv)
     try:
         settings = all_settings.read(arguments)
         access = _access(settings)
