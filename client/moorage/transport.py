@@ -27,7 +27,6 @@ OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    ("SingleThreadedUnaryStream", 1),  # the thread that reads an answer waits for it itself
 )
 
 PATIENCE = 600.0

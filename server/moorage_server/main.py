@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     gc.collect()
     gc.freeze()  # imports alone make a whole collection take a tenth of a second
+    gc.collect()  # or the next one would wait for a quarter as much again
     try:
         return asyncio.run(_serve(settings, engine, access))
     finally:
