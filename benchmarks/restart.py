@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import load_limits
 import turns
 
 for folder in ("examples", "tests"):
@@ -66,6 +67,7 @@ def compile_seconds(model: Path, scratch: Path) -> float:
         ) as server,
         moorage.connect(server.address) as client,
     ):
+        load_limits.back_memory(model)
         client.load(model.name, "internal", str(model), on_progress=see, progress=False)
     return seconds[-1]
 
