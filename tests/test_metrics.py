@@ -124,7 +124,7 @@ def test_the_stages_of_forward_passes_are_what_their_headers_say(seen):
 
 def test_the_stages_of_loads(seen):
     _, _, found, _ = seen
-    for stage in ("fetch", "place", "compile", "whole"):
+    for stage in ("fetch", "place", "compile", "prove", "whole"):
         assert found[f'moorage_load_seconds_count{{stage="{stage}"}}'] == 1
     for stage in ("fetch", "place"):
         assert found[f'moorage_load_bytes_sum{{stage="{stage}"}}'] == 100

@@ -23,9 +23,13 @@ else:  # Python 3.13 brings the default; before, only type checkers know of it
     T_co = TypeVar("T_co", covariant=True)
 
 
+UNITS = {"compile": "programs", "prove": "trials"}
+"""What those stages of a load count that do not count bytes."""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a load, in bytes ("fetch", "place") or programs ("compile").
+    """One stage of a load: "fetch" and "place" in bytes, others in `UNITS`.
 
     Attributes:
         done: How much is done.

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from rich.console import Group
 from rich.text import Text
 
-from moorage.answers import Model, Stage
+from moorage.answers import UNITS, Model, Stage
 from moorage.descriptions import activity, ago, model_columns
 from moorage.render import cells, duration, pairs, size, sizes
 from moorage.scores import Scores
@@ -141,8 +141,8 @@ def _stages(model: Model[Scores], width: int) -> list[Text]:
 
 def _stage(name: str, stage: Stage, bar_width: int) -> tuple[str, ...]:
     left = stage.seconds_left
-    if name == "compile":
-        amount, rate = f"{stage.done}/{stage.total} programs", f"{stage.rate:.1f}/s"
+    if unit := UNITS.get(name):
+        amount, rate = f"{stage.done}/{stage.total} {unit}", f"{stage.rate:.1f}/s"
     else:
         amount = sizes(stage.done, stage.total) if stage.total else size(stage.done)
         rate = f"{size(int(stage.rate))}/s"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from moorage.answers import LoadProgress
+from moorage.answers import UNITS, LoadProgress
 
 Callback = Callable[[LoadProgress], None]
 
@@ -51,13 +51,14 @@ def placed(progress: LoadProgress) -> tuple[int, int]:
 
 
 def note(progress: LoadProgress) -> str:
-    """Says what placed bytes do not: the state, the fetch, programs, and who else waits."""
-    fetched, compiled = progress.stages.get("fetch"), progress.stages.get("compile")
+    """Says what placed bytes do not: the state, the fetch, programs, trials, who else waits."""
+    fetched = progress.stages.get("fetch")
     parts = [progress.state]
     if fetched and fetched.done < fetched.total:
         parts.append(f"{fetched.done / fetched.total:.0%} fetched")
-    if compiled and compiled.total:
-        parts.append(f"{compiled.done}/{compiled.total} programs")
+    for name, unit in UNITS.items():
+        if (stage := progress.stages.get(name)) and stage.total:
+            parts.append(f"{stage.done}/{stage.total} {unit}")
     if progress.waiters > 1:
         parts.append(f"{progress.waiters} waiting")
     return ", ".join(parts)

@@ -14,7 +14,7 @@ class Stage:
     """Progress of one stage of a load.
 
     Attributes:
-        done: Units done: bytes for `fetch` and `place`, programs for `compile`.
+        done: Units done: bytes for `fetch` and `place`, programs for `compile`, batches to `prove`.
         total: Units in all; 0 while that is unknown.
         seconds: Time from its first unit to its last.
     """

@@ -43,8 +43,8 @@ MEASURES: Mapping[str, Measure] = {
         _PASSES,
     ),
     "moorage_load_seconds": Measure(
-        "Loads that became READY by stage: fetch, place and compile, which run side by side, and "
-        "whole from the request on",
+        "Loads that became READY by stage: fetch, place and compile, which run side by side, "
+        "prove, and whole from the request on",
         ("stage",),
         _LOADS,
     ),

@@ -125,10 +125,13 @@ class Loader:
         """
         checkpoint, info, found = model.checkpoint, self._engine.info(), {}
         served = info.buckets_for(checkpoint.config.max_position)
+        tried = probes(served, checkpoint.compute_dtype, info.mesh.get("fsdp", 1))
+        model.monitor.expect("prove", len(tried))
         try:
-            for probe in probes(served, checkpoint.compute_dtype, info.mesh.get("fsdp", 1)):
+            for probe in tried:
                 model.monitor.check()
                 found[probe] = await self.device_thread.run(self._engine.probe, model.handle, probe)
+                model.monitor.advance("prove", 1)
             model.buckets = agreeing(served, found)
         except BaseException:
             await self.device_thread.run(self._engine.unload, model.handle)

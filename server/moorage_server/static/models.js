@@ -5,7 +5,8 @@ import { bytes, count, nameOf, secondsOf, several, short, span } from "./format.
 import { makeLayout } from "./layout.js";
 import { tag } from "./tags.js";
 
-const STAGES = ["fetch", "place", "compile"];
+/** The stages of a load in their order, and what those count that do not count bytes. */
+const STAGES = { fetch: "", place: "", compile: "program", prove: "trial" };
 const SIGNS = { queued: "…", loading: "◐", ready: "✓", draining: "↓" };
 
 /** Draws a card for each model. */
@@ -43,7 +44,8 @@ function updateCard(card, model, now) {
   setText(badge, `${SIGNS[state] ?? ""} ${state.toUpperCase()}`);
   setAttribute(badge, "data-state", state);
   const stages = [...(model.progress?.stages ?? [])];
-  stages.sort((a, b) => STAGES.indexOf(a.stage) - STAGES.indexOf(b.stage));
+  const place = ({ stage }) => Object.keys(STAGES).indexOf(stage);
+  stages.sort((a, b) => place(a) - place(b));
   keyed(part(card, "stages"), stages, (stage) => stage.stage, makeStage, updateStage);
   setText(part(card, "load"), loadText(model));
   keyed(part(card, "use"), useOf(model, now), ([name]) => name, makeUse,
@@ -61,10 +63,10 @@ function updateStage(node, stage) {
   const done = Number(stage.done), total = Number(stage.total), bar = part(node, "bar");
   setAttribute(bar, "max", String(total || 1));
   setAttribute(bar, "value", String(done));
-  const unit = stage.stage === "compile" ? (n) => several(n, "program") : bytes;
-  const of = total ? `${stage.stage === "compile" ? count(done) : bytes(done)} of ${unit(total)}`
-    : unit(done);
-  const rate = stage.rate && stage.stage !== "compile" ? `, ${bytes(stage.rate)}/s` : "";
+  const unit = STAGES[stage.stage];
+  const amount = unit ? (n) => several(n, unit) : bytes;
+  const of = total ? `${unit ? count(done) : bytes(done)} of ${amount(total)}` : amount(done);
+  const rate = stage.rate && !unit ? `, ${bytes(stage.rate)}/s` : "";
   setText(part(node, "text"), of + rate);
 }
 
