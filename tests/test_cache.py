@@ -30,7 +30,7 @@ from moorage_models.checkpoint import open_checkpoint
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
 from moorage_models.sources import ModelRequest, ModelSource
-from moorage_server import cache as cache_module
+from moorage_server import looks as looks_module
 from moorage_server.cache import State
 from moorage_server.draining import Draining
 from moorage_server.errors import Reason, ServerError
@@ -107,7 +107,7 @@ async def test_a_caller_that_leaves_while_the_source_is_asked_leaves_the_load(ca
         assert answer.wait(20)
         return open_checkpoint(*arguments, **options)
 
-    with mock.patch.object(cache_module, "open_checkpoint", slow):
+    with mock.patch.object(looks_module, "open_checkpoint", slow):
         spec = pb.ModelSpec(model_id="x", source="MODEL_SOURCE_INTERNAL", model_path=PATH)
         answers = ModelService(cache, Draining()).LoadModel(
             pb.LoadModelRequest(model=spec), CONTEXT
@@ -121,7 +121,7 @@ async def test_a_caller_that_leaves_while_the_source_is_asked_leaves_the_load(ca
 
 @scenario
 async def test_who_leaves_a_look_that_is_shared_leaves_it_to_the_others(cache, engine):
-    looking = asyncio.create_task(cache.resolve(wanted()))
+    looking = asyncio.create_task(cache.looks.resolve(wanted()))
     await asyncio.sleep(0)
     loading = asyncio.create_task(load(cache))
     await asyncio.sleep(0)
@@ -143,19 +143,19 @@ async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(ca
     def asked(revision: int) -> ModelRequest:
         return replace(wanted(), model_id="hangs", revision=str(revision))
 
-    with mock.patch.object(cache_module, "open_checkpoint", look):
+    with mock.patch.object(looks_module, "open_checkpoint", look):
         joins = [cache.join(asked(i), client="a") for i in range(32)]
-        looks = [asyncio.create_task(cache.look(asked(i), "a")) for i in range(32)]
+        looks = [asyncio.create_task(cache.looks.look(asked(i), "a")) for i in range(32)]
         for _ in range(64):
             await asyncio.to_thread(hung.acquire, timeout=20)
         for task in looks:
             await abandon(task)  # its look goes on
         assert await refusal(cache.join(wanted(), client="a")) is Reason.LIMIT_EXCEEDED
-        assert await refusal(cache.look(wanted(), "a")) is Reason.LIMIT_EXCEEDED
-        assert await asyncio.wait_for(cache.look(wanted(), "b"), 10)
+        assert await refusal(cache.looks.look(wanted(), "a")) is Reason.LIMIT_EXCEEDED
+        assert await asyncio.wait_for(cache.looks.look(wanted(), "b"), 10)
         hang.set()
         await asyncio.gather(*joins)
-    assert await cache.look(wanted(), "a")
+    assert await cache.looks.look(wanted(), "a")
 
 
 @scenario
@@ -166,7 +166,7 @@ async def test_callers_share_one_look_into_the_source(cache, engine):
         looks.append(arguments)
         return open_checkpoint(*arguments, **options)
 
-    with mock.patch.object(cache_module, "open_checkpoint", look):
+    with mock.patch.object(looks_module, "open_checkpoint", look):
         await asyncio.gather(*(load(cache) for _ in range(20)))
         assert len(looks) == 1
         await load(cache)

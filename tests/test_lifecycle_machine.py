@@ -34,8 +34,8 @@ from moorage.v1 import moorage_pb2 as pb
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
 from moorage_models.sources import Policy
-from moorage_server import cache as cache_module
 from moorage_server import convert, device_thread, loader
+from moorage_server import looks as looks_module
 from moorage_server.cache import ModelCache
 from moorage_server.calls import CURRENT
 from moorage_server.draining import Draining
@@ -107,7 +107,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.leases: dict[str, Held] = {}
         self.given: list[str] = []
         self.injected: list[Exception] = []
-        self.patch = mock.patch.object(cache_module, "open_checkpoint", self._look)
+        self.patch = mock.patch.object(looks_module, "open_checkpoint", self._look)
         self.patch.start()
         self._start()
 
@@ -121,7 +121,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.engine = SteppedEngine(self._in_use)
         self.pools: list[Pool] = []
         with (
-            mock.patch.object(cache_module, "ThreadPoolExecutor", self._pool),
+            mock.patch.object(looks_module, "ThreadPoolExecutor", self._pool),
             mock.patch.object(loader, "ThreadPoolExecutor", self._pool),
             mock.patch.object(device_thread, "ThreadPoolExecutor", self._pool),
         ):

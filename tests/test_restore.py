@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from engine_double import EngineDouble
 from moorage_models.checkpoint import open_checkpoint
 from moorage_models.sources import ModelRequest, ModelSource, Policy
-from moorage_server import cache as cache_module
+from moorage_server import looks as looks_module
 from moorage_server import service
 from moorage_server.cache import ModelCache
 from moorage_server.errors import ServerError
@@ -182,7 +182,7 @@ def test_what_is_restored_has_its_memory_before_what_is_asked_for_now(journal):
         engine = EngineDouble(room=1)
         cache = ModelCache(engine, Policy(), journal=journal)
         engine.hold("place")
-        with mock.patch.object(cache_module, "open_checkpoint", look):
+        with mock.patch.object(looks_module, "open_checkpoint", look):
             cache.restore()
             await asyncio.to_thread(asked.wait, 20)
             other = asyncio.create_task(load(cache, wanted("gemma2")))

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from functools import partial
-from typing import Any
 
-from moorage_models.checkpoint import Checkpoint, open_checkpoint
-from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
 from moorage_server.activity import Activity
 from moorage_server.changes import Changes
@@ -23,12 +16,11 @@ from moorage_server.leases import Lease, LeaseTable
 from moorage_server.lifecycle import State
 from moorage_server.limits import Limits
 from moorage_server.loader import Loader
+from moorage_server.looks import Looks
 from moorage_server.model import Model, Snapshot, handle_of
 from moorage_server.restoring import Restoration
-from moorage_server.tasks import start
 
 _WATCH_SECONDS = 0.1
-_OTHERS_LOOKS = 32  # threads that are left when one client has as many looks as it may
 
 
 class ModelCache:
@@ -64,11 +56,8 @@ class ModelCache:
         """
         self.limits = limits or Limits()
         self.activity = Activity()
-        self._policy = policy
+        self.looks = Looks(policy, self.limits)
         self.mesh = engine.info().mesh
-        self._looking = ThreadPoolExecutor(self.limits.client_models + _OTHERS_LOOKS, "look")
-        self._looks: Counter[str | None] = Counter()  # that have not ended, by client
-        self._resolving: dict[ModelRequest, tuple[asyncio.Task[Checkpoint], LoadMonitor]] = {}
         self.leases = LeaseTable(now)
         self._loader = Loader(engine, self.leases, self._changed, self.activity)
         self._restoration = Restoration(
@@ -77,35 +66,6 @@ class ModelCache:
         self.budget = self._loader.budget
         self.changes: Changes[Snapshot] = Changes()
         self.device_thread = self._loader.device_thread
-
-    async def look(self, request: ModelRequest, client: str) -> Checkpoint:
-        """Looks into the source, and fetches nothing.
-
-        Raises:
-            ModelError: Whatever stands in the way of a load.
-            ServerError: LIMIT_EXCEEDED.
-        """
-        look = asyncio.create_task(self._look(request, client, fetch_tree=False))
-        look.add_done_callback(lambda look: look.cancelled() or look.exception())
-        return await asyncio.shield(look)
-
-    async def resolve(self, request: ModelRequest, client: str | None = None) -> Checkpoint:
-        """Looks into the source; callers that ask the same at the same time share one look.
-
-        Raises:
-            ModelError: Whatever stands in the way of a load.
-            ServerError: LIMIT_EXCEEDED.
-        """
-        if request not in self._resolving:
-            monitor = LoadMonitor()
-            task = start(self._look(request, client, monitor=monitor))
-            self._resolving[request] = (task, monitor)
-            task.add_done_callback(lambda _: self._resolving.pop(request))
-        return await asyncio.shield(self._resolving[request][0])
-
-    def resolving(self, request: ModelRequest) -> dict[str, Stage]:
-        """What a look that is under way fetches: an Orbax tree, whose shapes are in its files."""
-        return self._resolving[request][1].stages() if request in self._resolving else {}
 
     def join(
         self, request: ModelRequest, *, abandonable: bool = False, client: str = ""
@@ -286,27 +246,9 @@ class ModelCache:
     def stop(self) -> None:
         """Cancels what is being loaded or fetched, for the process is about to end."""
         self._restoration.stop()
-        looks = [monitor for _, monitor in self._resolving.values()]
-        for monitor in looks + [model.monitor for model in self.models()]:
-            monitor.cancel()
-
-    async def _look(self, request: ModelRequest, client: str | None, **options: Any) -> Checkpoint:
-        """Looks in a thread, which counts for its client until the end: hubs may hang.
-
-        Raises:
-            ModelError: Whatever stands in the way of a load.
-            ServerError: LIMIT_EXCEEDED.
-        """
-        if client is not None:
-            self.limits.check("client_models", self._looks[client])
-        self._looks[client] += 1
-        try:
-            work = partial(copy_context().run, open_checkpoint, request, self._policy, **options)
-            return await asyncio.get_running_loop().run_in_executor(self._looking, work)
-        finally:
-            self._looks[client] -= 1
-            if not self._looks[client]:
-                del self._looks[client]
+        self.looks.stop()
+        for model in self.models():
+            model.monitor.cancel()
 
     async def _joined(self, request: ModelRequest, abandonable: bool, client: str) -> Model:
         model = await self._join(request, abandonable=abandonable, client=client)
@@ -324,7 +266,7 @@ class ModelCache:
         self, request: ModelRequest, *, abandonable: bool = False, client: str | None
     ) -> Model:
         """Joins or starts a load; without a client, before those that clients ask for."""
-        checkpoint = await self.resolve(request, client)
+        checkpoint = await self.looks.resolve(request, client)
         handle = handle_of(checkpoint, self.mesh)
         if client is not None and handle not in self._loader.models:
             await self._restoration.admitted()

@@ -53,7 +53,7 @@ class NamingService(pb_grpc.NamingServiceServicer):
         preset = _preset(request.model.model_id)
         if request.check_source or (request.estimate and preset is None):
             try:
-                checkpoint = await self._cache.look(wanted, caller().name)
+                checkpoint = await self._cache.looks.look(wanted, caller().name)
             except ModelError as error:
                 return _refused(request.model.model_id, error)
             response, plan = convert.loadable(checkpoint), checkpoint.plan
@@ -146,7 +146,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
             while not (await asyncio.wait([join], timeout=_HEARTBEAT_SECONDS))[0]:
                 yield pb.LoadProgress(
                     state=pb.MODEL_STATE_RESOLVING,
-                    stages=convert.to_stages(self._cache.resolving(wanted)),
+                    stages=convert.to_stages(self._cache.looks.stages(wanted)),
                     elapsed=convert.duration(time.monotonic() - begin),
                 )
         except (asyncio.CancelledError, GeneratorExit):
