@@ -21,7 +21,7 @@ from moorage_server.calls import CURRENT, Call
 from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
 from moorage_server.scheduler import Scheduler
-from moorage_server.service import ScoringService
+from moorage_server.scoring_service import ScoringService
 
 HALF = {"fetch": (100, 100), "place": (50, 100)}
 CONTEXT = mock.create_autospec(grpc.aio.ServicerContext)

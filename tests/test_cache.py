@@ -34,7 +34,7 @@ from moorage_server import looks as looks_module
 from moorage_server.cache import State
 from moorage_server.draining import Draining
 from moorage_server.errors import Reason, ServerError
-from moorage_server.service import ModelService
+from moorage_server.model_service import ModelService
 
 # One load for all.
 

@@ -15,7 +15,8 @@ from moorage_models.sources import Policy
 from moorage_server import convert, serving
 from moorage_server.cache import ModelCache
 from moorage_server.errors import Reason, ServerError
-from moorage_server.service import ModelService, ScoringService
+from moorage_server.model_service import ModelService
+from moorage_server.scoring_service import ScoringService
 from moorage_server.serving import make_server
 from moorage_server.settings import Settings
 

@@ -21,7 +21,7 @@ from moorage_models.errors import ModelError
 from moorage_server.draining import Draining
 from moorage_server.errors import ServerError
 from moorage_server.lifecycle import State
-from moorage_server.service import ModelService
+from moorage_server.model_service import ModelService
 
 
 class Clock:

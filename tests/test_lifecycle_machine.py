@@ -42,8 +42,9 @@ from moorage_server.draining import Draining
 from moorage_server.engine import agreement
 from moorage_server.errors import ServerError
 from moorage_server.journal import Journal
+from moorage_server.model_service import ModelService
 from moorage_server.scheduler import Scheduler
-from moorage_server.service import ModelService, ScoringService
+from moorage_server.scoring_service import ScoringService
 from stepping import CAPACITY, HANDLES, NEED_OF, NEEDS, POINTS, Job, Pool, SteppedEngine, total
 
 FOLLOWING = {

@@ -19,7 +19,7 @@ from engine_double import EngineDouble
 from moorage_models.checkpoint import open_checkpoint
 from moorage_models.sources import ModelRequest, ModelSource, Policy
 from moorage_server import looks as looks_module
-from moorage_server import service
+from moorage_server import scoring_service
 from moorage_server.cache import ModelCache
 from moorage_server.errors import ServerError
 from moorage_server.journal import Entry, Journal
@@ -107,7 +107,7 @@ def test_a_forward_waits_for_a_model_that_is_being_restored(journal):
         cache = ModelCache(engine, Policy(), journal=journal)
         engine.hold("place")
         cache.restore()
-        with mock.patch.object(service, "_HEARTBEAT_SECONDS", 0.02):
+        with mock.patch.object(scoring_service, "_HEARTBEAT_SECONDS", 0.02):
             asked = asyncio.create_task(forward(cache, engine, model))
             await reached(engine, "place")
             await asyncio.sleep(0.1)

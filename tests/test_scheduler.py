@@ -15,7 +15,7 @@ from cache_scenario import abandon, load, reached, refusal, scenario, settle, wa
 from engine_double import EngineDouble
 from moorage.v1 import moorage_pb2 as pb
 from moorage_models.checkpoint import open_checkpoint
-from moorage_server import answers, scheduler, service
+from moorage_server import answers, scheduler, scoring_service
 from moorage_server.access import Caller, Role
 from moorage_server.cache import ModelCache
 from moorage_server.calls import CURRENT, Call
@@ -26,7 +26,7 @@ from moorage_server.errors import Reason, ServerError
 from moorage_server.lifecycle import State
 from moorage_server.model import Model
 from moorage_server.scheduler import Scheduler
-from moorage_server.service import ScoringService
+from moorage_server.scoring_service import ScoringService
 
 NAN = np.nan
 EXPIRING = mock.patch.object(scheduler, "RETENTION_SECONDS", 0.05)
@@ -532,7 +532,7 @@ async def test_a_client_whose_answers_take_much_leaves_room_for_others(made, eng
 async def test_signs_of_life(made, engine):
     await made.block()
     seen = []
-    with mock.patch.object(service, "_HEARTBEAT_SECONDS", 0.02):
+    with mock.patch.object(scoring_service, "_HEARTBEAT_SECONDS", 0.02):
         task = made.ask(*FOUR * 2, [1, 2], seen=seen)
         while not seen:
             await asyncio.sleep(0.01)

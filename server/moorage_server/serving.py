@@ -27,9 +27,11 @@ from moorage_server.health import HealthService, report
 from moorage_server.interceptor import Interceptor
 from moorage_server.limits import Gate
 from moorage_server.metrics import registry
+from moorage_server.model_service import ModelService
+from moorage_server.naming_service import NamingService
 from moorage_server.scheduler import QUEUE_TOKENS, Scheduler
+from moorage_server.scoring_service import ScoringService
 from moorage_server.server_service import MAX_MESSAGE_BYTES, ServerService
-from moorage_server.service import ModelService, NamingService, ScoringService
 from moorage_server.settings import Settings
 from moorage_server.status_page import StatusPage
 from moorage_server.tls import TlsFiles
