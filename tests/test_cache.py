@@ -29,11 +29,12 @@ from moorage.v1 import moorage_pb2 as pb
 from moorage_models.checkpoint import open_checkpoint
 from moorage_models.errors import ModelError
 from moorage_models.errors import Reason as ModelReason
-from moorage_models.sources import ModelRequest, ModelSource
+from moorage_models.sources import ModelRequest, ModelSource, Policy
 from moorage_server import looks as looks_module
 from moorage_server.cache import State
 from moorage_server.draining import Draining
 from moorage_server.errors import Reason, ServerError
+from moorage_server.limits import Limits
 from moorage_server.model_service import ModelService
 
 # One load for all.
@@ -156,6 +157,27 @@ async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(ca
         hang.set()
         await asyncio.gather(*joins)
     assert await cache.looks.look(wanted(), "a")
+
+
+@scenario
+async def test_a_look_too_many_is_refused_to_its_client_only(cache, engine):
+    hang = threading.Event()
+
+    def look(request, *arguments, **options):
+        if request.model_id == "hangs":
+            hang.wait(20)
+        return open_checkpoint(request, *arguments, **options)
+
+    cache.looks = looks_module.Looks(Policy(), Limits(client_models=1))
+    with mock.patch.object(looks_module, "open_checkpoint", look):
+        first = asyncio.create_task(cache.looks.look(replace(wanted(), model_id="hangs"), "a"))
+        await settle()
+        asked = [cache.looks.resolve(wanted(), client) for client in ("a", "b", None)]
+        refused, *found = await asyncio.gather(*asked, return_exceptions=True)
+        assert "1 looks into sources of this client" in str(refused)
+        assert found[0] is found[1]
+        hang.set()
+        await first
 
 
 @scenario

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from threading import Event
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from checkpoints import GOLDEN, mesh_of, open_folder
 from moorage_models.config import ModelConfig
 from moorage_models.monitor import LoadMonitor
-from moorage_server.engine import Bucket
+from moorage_server.engine import Bucket, programs
 from moorage_server.engine.compiles import CompileCounter
 from moorage_server.engine.local import LocalEngine
 from moorage_server.engine.outputs import PROFILES, served
@@ -92,9 +94,9 @@ def test_what_compiles_in_a_forward_pass_is_counted(monkeypatch: pytest.MonkeyPa
     config = open_folder(GOLDEN / NAME).config
     engine = LocalEngine(mesh_of(1, 1), BUCKETS, profiles=PROFILES[:1])
     engine.load("model", open_folder(GOLDEN / NAME), LoadMonitor())
-    programs = engine._models["model"].programs
+    compiled = engine._models["model"].programs
     bucket = BUCKETS[0]
-    stored = programs.gathers[bucket]
+    stored = compiled.gathers[bucket]
     sizes = iter(range(3, 6))
 
     def compiling(*arguments: jax.Array) -> jax.Array:
@@ -104,11 +106,39 @@ def test_what_compiles_in_a_forward_pass_is_counted(monkeypatch: pytest.MonkeyPa
 
     rows = make_rows([5, 6, 7], [3], [])
     work = make_work(rows, Wanted(("logprobs",)), config, BUCKETS, PROFILES[:1])
-    monkeypatch.setitem(programs.gathers, bucket, compiling)
+    monkeypatch.setitem(compiled.gathers, bucket, compiling)
     assert engine.compiles_after_ready() == 0
     for count in (1, 2, 3):
         score(work, BUCKETS, 1, lambda *asked: engine.forward("model", *asked))
         assert engine.compiles_after_ready() == count
+
+
+def test_the_rest_is_not_compiled_once_a_program_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, mesh, tried = open_folder(GOLDEN / NAME), mesh_of(1, 1), []
+    lowered, program = Event(), jax.jit(lambda x: x).lower(0.0)
+
+    def lower_head(*arguments: Any) -> jax.stages.Lowered:
+        if arguments[-1] is PROFILES[-1]:
+            lowered.set()
+        return program
+
+    def fail(*arguments: Any, is_trunk: bool) -> None:
+        tried.append(is_trunk)
+        assert lowered.wait(20)
+        time.sleep(0.2)
+        raise RuntimeError("a bug")
+
+    for part in ("lower_trunk", "lower_gather"):
+        monkeypatch.setattr(programs, part, lambda *_: program)
+    monkeypatch.setattr(programs, "lower_head", lower_head)
+    monkeypatch.setattr(programs, "compile_lowered", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        programs.compile_programs(
+            checkpoint.plan, "float32", mesh, BUCKETS, PROFILES, LoadMonitor()
+        )
+    assert 1 <= len(tried) <= 4 < len(PROFILES)
 
 
 def test_what_compiles_elsewhere_is_not() -> None:

@@ -54,7 +54,7 @@ class LoadProgress:
 
     Attributes:
         state: "queued", "resolving", "loading", ...
-        stages: The stages that run side by side, by name.
+        stages: The stages that there are, by name.
         waiters: How many callers wait for this load.
         elapsed_seconds: Time since the load began.
     """

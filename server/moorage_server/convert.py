@@ -153,7 +153,7 @@ def to_progress(model: Model) -> pb.LoadProgress:
 
 
 def to_stages(stages: Mapping[str, Stage]) -> list[pb.StageProgress]:
-    """The stages that run side by side."""
+    """How far each stage of a load is."""
     return [
         pb.StageProgress(stage=name, done=stage.done, total=stage.total, rate=stage.rate)
         for name, stage in stages.items()

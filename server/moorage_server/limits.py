@@ -36,24 +36,25 @@ class Limits:
     leases: int = 1024
     client_leases: int = 256
 
-    def check(self, name: str, count: int, wanted: int = 1) -> None:
+    def check(self, name: str, count: int, wanted: int = 1, what: str = "") -> None:
         """Refuses what would be too much.
 
         Args:
             name: Which limit, as the attribute is called.
             count: How much there is.
             wanted: How much more is asked for.
+            what: What that is, if not what the limit is called.
 
         Raises:
             ServerError: LIMIT_EXCEEDED, with the limit.
         """
         limit: int = getattr(self, name)
         if count + wanted > limit:
-            whose, what = _words(name)
+            whose, named = _words(name)
             raise ServerError(
                 Reason.LIMIT_EXCEEDED,
-                f"{count} {what} of {whose} and {wanted} more are over max_{name}, {limit}: try "
-                "again when some have ended",
+                f"{count} {what or named} of {whose} and {wanted} more are over max_{name}, "
+                f"{limit}: try again when some have ended",
                 retry_after=_RETRY_SECONDS,
                 limit=f"max_{name}",
                 value=str(limit),

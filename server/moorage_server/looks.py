@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -19,7 +20,10 @@ _OTHERS = 32  # threads that are left when one client has as many looks as it ma
 
 
 class Looks:
-    """Looks in threads of their own, which count for their client until the end: hubs may hang."""
+    """Looks in threads of their own, which count for their client until the end.
+
+    Hubs may hang: one client's looks do not hold up those of others.
+    """
 
     def __init__(self, policy: Policy, limits: Limits) -> None:
         """Makes one with nothing under way.
@@ -41,7 +45,7 @@ class Looks:
             ModelError: Whatever stands in the way of a load.
             ServerError: LIMIT_EXCEEDED.
         """
-        look = asyncio.create_task(self._look(request, client, fetch_tree=False))
+        look = asyncio.create_task(self._counted(request, client, fetch_tree=False))
         look.add_done_callback(lambda look: look.cancelled() or look.exception())
         return await asyncio.shield(look)
 
@@ -58,7 +62,7 @@ class Looks:
         """
         if request not in self._shared:
             monitor = LoadMonitor()
-            look = start(self._look(request, client, monitor=monitor))
+            look = start(self._counted(request, client, monitor=monitor))
             self._shared[request] = (look, monitor)
             look.add_done_callback(lambda _: self._shared.pop(request))
         return await asyncio.shield(self._shared[request][0])
@@ -72,10 +76,16 @@ class Looks:
         for _, monitor in self._shared.values():
             monitor.cancel()
 
-    async def _look(self, request: ModelRequest, client: str | None, **options: Any) -> Checkpoint:
+    def _counted(
+        self, request: ModelRequest, client: str | None, **options: Any
+    ) -> Coroutine[Any, Any, Checkpoint]:
+        """A look that counts from now on, and has to be run."""
         if client is not None:
-            self._limits.check("client_models", self._counts[client])
+            self._limits.check("client_models", self._counts[client], what="looks into sources")
         self._counts[client] += 1
+        return self._look(request, client, **options)
+
+    async def _look(self, request: ModelRequest, client: str | None, **options: Any) -> Checkpoint:
         try:
             work = partial(copy_context().run, open_checkpoint, request, self._policy, **options)
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -75,7 +75,9 @@ class ScoringService(pb_grpc.ScoringServiceServicer):
     ) -> AsyncGenerator[pb.ForwardResponse, None]:
         """Waits for a model that is being restored, with signs of life."""
         while not await self._cache.restored(request.handle, _HEARTBEAT_SECONDS):
-            progress = pb.ForwardProgress(rows=len(request.row_lengths))
+            progress = pb.ForwardProgress(
+                rows=len(request.row_lengths), queued_tokens=self._scheduler.queue.tokens
+            )
             yield pb.ForwardResponse(progress=progress)
 
     async def _finish(self, job: Job) -> AsyncGenerator[pb.ForwardResponse, None]:

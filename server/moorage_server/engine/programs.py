@@ -7,7 +7,7 @@ never compiles.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -164,18 +164,19 @@ def compile_programs(
     heads = [partial(lower_head, plan, mesh, profile) for profile in profiles]
     monitor.expect("compile", len(trunks) + len(gathers) + len(heads))
 
-    def compiled(lowered: jax.stages.Lowered, *, is_trunk: bool) -> Compiled:
+    def lowered() -> Iterator[tuple[jax.stages.Lowered, bool]]:
+        for lower in [*trunks, *gathers, *heads]:
+            monitor.check()
+            yield lower(), lower in trunks
+
+    def compiled(program: tuple[jax.stages.Lowered, bool]) -> Compiled:
         monitor.check()
-        program = compile_lowered(lowered, mesh, is_trunk=is_trunk)
+        result = compile_lowered(program[0], mesh, is_trunk=program[1])
         monitor.advance("compile", 1)
-        return program
+        return result
 
     with ThreadPoolExecutor(_COMPILE_THREADS, "compile") as pool:
-        running = []
-        for lower in [*trunks, *gathers, *heads]:  # by one thread: Python has no use for more
-            monitor.check()
-            running.append(pool.submit(compiled, lower(), is_trunk=lower in trunks))
-        programs = [program.result() for program in running]
+        programs = list(pool.map(compiled, lowered()))  # lowered one after another, in this thread
     count = len(buckets)
     return Programs(
         plan.config,
