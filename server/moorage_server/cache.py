@@ -19,6 +19,7 @@ from moorage_server.loader import Loader
 from moorage_server.looks import Looks
 from moorage_server.model import Model, Snapshot, handle_of
 from moorage_server.restoring import Restoration
+from moorage_server.tasks import begin
 
 _WATCH_SECONDS = 0.1
 
@@ -82,9 +83,7 @@ class ModelCache:
             load. It is not the caller's to cancel: wait for it, or shield it. Its caller counts as
             one who waits, and has to `watch` the model, or else to `leave`.
         """
-        task = asyncio.create_task(self._joined(request, abandonable, client))
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return task
+        return begin(self._joined(request, abandonable, client))
 
     def leave(self, join: asyncio.Task[Model]) -> None:
         """Ends a join, over or not, whose caller goes before it watches the model."""

@@ -114,18 +114,12 @@ class FairQueue:
         return own + sum(min(tokens, own) for tokens in others)
 
     def excess(self, client: str, tokens: int) -> int:
-        """How many tokens have to go before a request of so many may come, about; 0 if it may now.
+        """How many tokens have to go before a request of so many may come; see `excess`.
 
-        With what waits already a client may have no more than is left free, so that there is room
-        for whoever comes next (dynamic thresholds: Choudhury and Hahne 1998). With nothing, it may
-        bring one request of any size as long as anything is free: the largest has to wait for no
-        more than the smallest. So the queue holds less than its capacity and one request; what that
-        takes of memory is bounded by the size of a message, and by what answers may take.
+        So the queue holds less than its capacity and one request; what that takes of memory is
+        bounded by the size of a message, and by what answers may take.
         """
-        own = self.tokens_of(client)
-        if not own:
-            return max(0, self.tokens - self.capacity + 1)
-        return min(self.tokens, max(0, self.tokens + tokens + own - self.capacity))
+        return excess(self.tokens, self.tokens_of(client), tokens, self.capacity)
 
     def add(self, job: Job) -> None:
         """Takes a request in, or again one that was removed."""
@@ -215,3 +209,22 @@ class FairQueue:
         """Takes note of tokens that come, or go."""
         client.tokens += tokens
         self.tokens += tokens
+
+
+def excess(held: int, own: int, wanted: int, capacity: int) -> int:
+    """How much has to go before a client may bring something, about; 0 if it may now.
+
+    With what it has already a client may have no more than is left free, so that there is room for
+    whoever comes next (dynamic thresholds: Choudhury and Hahne 1998). With nothing, it may bring
+    one request of any size as long as anything is free: the largest has to wait for no more than
+    the smallest.
+
+    Args:
+        held: What all clients have.
+        own: What this one has.
+        wanted: What it brings.
+        capacity: How much there is; the last that comes may be over it.
+    """
+    if not own:
+        return max(0, held - capacity + 1)
+    return min(held, max(0, held + wanted + own - capacity))

@@ -14,7 +14,7 @@ from moorage_models.checkpoint import Checkpoint, open_checkpoint
 from moorage_models.monitor import LoadMonitor, Stage
 from moorage_models.sources import ModelRequest, Policy
 from moorage_server.limits import Limits
-from moorage_server.tasks import start
+from moorage_server.tasks import begin, start
 
 _OTHERS = 32  # threads that are left when one client has as many looks as it may
 
@@ -45,9 +45,7 @@ class Looks:
             ModelError: Whatever stands in the way of a load.
             ServerError: LIMIT_EXCEEDED.
         """
-        look = asyncio.create_task(self._counted(request, client, fetch_tree=False))
-        look.add_done_callback(lambda look: look.cancelled() or look.exception())
-        return await asyncio.shield(look)
+        return await asyncio.shield(begin(self._counted(request, client, fetch_tree=False)))
 
     async def resolve(self, request: ModelRequest, client: str | None = None) -> Checkpoint:
         """Looks for a load; callers that ask the same at the same time share one look.

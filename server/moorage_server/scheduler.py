@@ -13,7 +13,7 @@ from moorage_server.answers import RETENTION_SECONDS, AnswerTable
 from moorage_server.device_thread import DeviceThread
 from moorage_server.engine import Engine
 from moorage_server.errors import Reason, ServerError
-from moorage_server.fair_queue import FairQueue, Pick
+from moorage_server.fair_queue import FairQueue, Pick, excess
 from moorage_server.jobs import Job
 from moorage_server.lifecycle import State
 from moorage_server.limits import Limits
@@ -103,13 +103,13 @@ class Scheduler:
         """
         if waiting := self.queue.tokens_of(client):
             self.limits.check("client_tokens", waiting, tokens)
-        if excess := self.queue.excess(client, tokens):
+        if too_many := self.queue.excess(client, tokens):
             text = (
                 f"{self.queue.tokens} tokens wait, {self.queue.tokens_of(client)} of them this "
                 f"client's; {self.queue.capacity} may, and no client may have more than is left "
                 "free"
             )
-            wait = excess / self._speeds.pace if self._speeds.pace else _UNKNOWN_SECONDS
+            wait = too_many / self._speeds.pace if self._speeds.pace else _UNKNOWN_SECONDS
             raise _full(text, wait, self.queue.capacity)
 
     def take(self, job: Job, *, fingerprint: bytes = b"", seconds_left: float | None = None) -> Job:
@@ -184,10 +184,9 @@ class Scheduler:
         self._answers.expire(self._now())
 
     def _check_bytes(self, job: Job) -> None:
-        """Refuses a request that would take too much; shares are as those of `FairQueue.excess`."""
+        """Refuses a request that would take too much; shares are as those of the queue."""
         held, own = self._nbytes.total(), self._nbytes[job.client]
-        free = self.answer_bytes - held
-        if free <= 0 or (own and own + job.nbytes > free):
+        if excess(held, own, job.nbytes, self.answer_bytes):
             text = (
                 f"this request takes {job.nbytes} bytes, those before it {held}, {own} of them "
                 f"this client's; in all they may have {self.answer_bytes} (max_waiting_bytes), and "

@@ -21,6 +21,13 @@ def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     return task
 
 
+def begin(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Starts a task whose failure is its callers' to see; if all have left, it is nobody's."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return task
+
+
 def _note(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()):
         _log.warning("%s", one_line(error))
