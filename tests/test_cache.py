@@ -4,6 +4,7 @@ import asyncio
 import logging
 import shutil
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -131,8 +132,9 @@ async def test_who_leaves_a_look_that_is_shared_leaves_it_to_the_others(cache, e
     assert looking.cancelled()
 
 
-@scenario
-async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(cache, engine):
+@contextmanager
+def hanging_looks():
+    """Looks for "hangs" hang until the event is set; each releases the semaphore before."""
     hang, hung = threading.Event(), threading.Semaphore(0)
 
     def look(request, *arguments, **options):
@@ -141,10 +143,16 @@ async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(ca
             hang.wait(20)
         return open_checkpoint(request, *arguments, **options)
 
+    with mock.patch.object(looks_module, "open_checkpoint", look):
+        yield hang, hung
+
+
+@scenario
+async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(cache, engine):
     def asked(revision: int) -> ModelRequest:
         return replace(wanted(), model_id="hangs", revision=str(revision))
 
-    with mock.patch.object(looks_module, "open_checkpoint", look):
+    with hanging_looks() as (hang, hung):
         joins = [cache.join(asked(i), client="a") for i in range(32)]
         looks = [asyncio.create_task(cache.looks.look(asked(i), "a")) for i in range(32)]
         for _ in range(64):
@@ -161,15 +169,8 @@ async def test_looks_that_hang_count_for_their_client_and_hold_nobody_else_up(ca
 
 @scenario
 async def test_a_look_too_many_is_refused_to_its_client_only(cache, engine):
-    hang = threading.Event()
-
-    def look(request, *arguments, **options):
-        if request.model_id == "hangs":
-            hang.wait(20)
-        return open_checkpoint(request, *arguments, **options)
-
     cache.looks = looks_module.Looks(Policy(), Limits(client_models=1))
-    with mock.patch.object(looks_module, "open_checkpoint", look):
+    with hanging_looks() as (hang, _):
         first = asyncio.create_task(cache.looks.look(replace(wanted(), model_id="hangs"), "a"))
         await settle()
         asked = [cache.looks.resolve(wanted(), client) for client in ("a", "b", None)]
