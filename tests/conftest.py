@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before jax is imported anywhere.
@@ -24,3 +25,10 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture
 def golden() -> Path:
     return GOLDEN
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What was there before a module is not looked through in each collection of its tests."""
+    gc.collect()
+    gc.freeze()

@@ -4,6 +4,7 @@ import importlib.machinery
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -447,6 +448,22 @@ def test_the_reader_of_a_pipe_may_leave():
         done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_grpc_writes_nothing_between_the_lines_of_a_terminal():
+    """A server that breaks the connection off is told of by the error alone."""
+    settings, goaway = "000000 04 00 00000000", "000008 07 00 00000000 00000000 00000002"
+    code = "import moorage; moorage.connect({!r}, timeout=1).info()"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "127.0.0.1:{}".format(server.getsockname()[1])
+        command = [sys.executable, "-c", code.format(address)]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        connection, _ = server.accept()
+        connection.sendall(bytes.fromhex(settings + goaway))
+        err = child.communicate()[1]
+        connection.close()
+    assert "moorage.errors." in err
+    assert "goaway" not in err
 
 
 def test_version(run, capsys):

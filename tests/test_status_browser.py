@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -115,17 +116,17 @@ def chromium():
         browser.run(browser.close())
 
 
-def text_of(page, selector):
-    return page.locator(selector).all_inner_texts()
+async def shows(page, selector, wanted):
+    """Waits for the texts of all such elements, or for one that has a text in it."""
+    found = page.locator(selector)
+    if isinstance(wanted, str):
+        await found.filter(has_text=wanted).first.wait_for(timeout=10_000)
+    else:
+        await playwright.expect(found).to_have_text(wanted, timeout=10_000, use_inner_text=True)
 
 
-def tile(page, name):
-    return page.locator(f'.tile:has(dt:text-is("{name}")) [data-part=value]').inner_text()
-
-
-async def until(page, selector, text):
-    """Waits for an element that says something, without loading the page again."""
-    await page.locator(selector).filter(has_text=text).first.wait_for(timeout=10_000)
+def tile(name):
+    return f'.tile:has(dt:text-is("{name}")) [data-part=value]'
 
 
 def test_the_page_is_live_and_has_the_numbers_of_the_rpc(chromium):
@@ -136,41 +137,42 @@ def test_the_page_is_live_and_has_the_numbers_of_the_rpc(chromium):
             moorage.aio.connect(server.address) as client,
             chromium.opened(server.page.url) as page,
         ):
-            await until(page, "#live", "live")
-            await until(page, "#no-models", "No model is loaded.")
+            await shows(page, "#live", "live")
+            await shows(page, "#no-models", "No model is loaded.")
             await page.evaluate("window.sameDocument = true")
             one = await client.load("llama3", "internal", "llama3", lease=600, client_name="grpo-7")
-            await until(page, ".state", "READY")
+            await shows(page, ".state", "READY")
             engine.hold("place")
             loading = asyncio.create_task(client.load(EVIL, "internal", "qwen3_moe"))
-            await until(page, ".state", "LOADING")
-            assert await text_of(page, ".stage-name") == ["fetch", "place"]
-            done = [text.partition(",")[0] for text in await text_of(page, ".stage-text")]
-            assert done == ["100 B of 100 B", "50 B of 100 B"]
+            await shows(page, ".state", "LOADING")
+            await shows(page, ".stage-name", ["fetch", "place"])
+            await shows(
+                page, ".stage-text", [re.compile("^100 B of 100 B"), re.compile("^50 B of")]
+            )
             with pytest.raises(moorage.NotFound):
                 await client.load(EVIL, "internal", "nowhere")
             for _ in range(3):
                 await one.forward([[1, 2, 3], [4, 5]])
             engine.release()
             await loading
-            await until(page, '.state[data-state="ready"] >> nth=1', "READY")
-            await until(page, "#errors", "CHECKPOINT_NOT_FOUND")
-            await until(page, ".tile", "15 in 3 forward passes")
+            await shows(page, '.state[data-state="ready"] >> nth=1', "READY")
+            await shows(page, "#errors", "CHECKPOINT_NOT_FOUND")
+            await shows(page, ".tile", "15 in 3 forward passes")
             info, models = await client.info(), await client.models()
-            assert await tile(page, "Leases") == str(info.activity.leases) == "1"
-            assert await tile(page, "Batch fill") == "0.98 %"
-            assert await tile(page, "Loads") == "2"
-            assert await text_of(page, ".model h3") == [m.model_id for m in models]
+            assert info.activity.leases == 1
+            await shows(page, tile("Leases"), ["1"])
+            await shows(page, tile("Batch fill"), ["0.98 %"])
+            await shows(page, tile("Loads"), ["2"])
             assert models[1].model_id == EVIL
+            await shows(page, ".model h3", [model.model_id for model in models])
             assert await page.title() == "moorage"
             assert await page.locator("main img").count() == 0
             used = models[0].device_bytes[0] + models[1].device_bytes[0] + (100 << 10)
             assert info.memory.reserved_bytes == used
             shown = f"{used / 1024:.0f} KiB of 1 MiB"
-            assert await text_of(page, ".device-sum") == [shown] * 4
-            errors = (await text_of(page, "#errors tbody tr"))[0]
-            assert info.activity.errors[-1].request_id in errors
-            assert (await text_of(page, "#leases tbody td"))[0] == "grpo-7"
+            await shows(page, ".device-sum", [shown] * 4)
+            await shows(page, "#errors tbody tr >> nth=0", info.activity.errors[-1].request_id)
+            await shows(page, "#leases tbody td >> nth=0", ["grpo-7"])
             assert await page.evaluate("window.sameDocument")
             assert page.problems == []
             assert {url.startswith(server.page.url) for url in page.asked} == {True}
@@ -235,7 +237,7 @@ def test_a_browser_gives_its_token_as_a_password(tmp_path, chromium):
             ) as page,
         ):
             if password.startswith("my"):
-                await until(page, "#live", "live")
+                await shows(page, "#live", "live")
             return await page.locator("body").inner_text()
 
     assert "Device memory" in chromium.run(run("my-token-0123456789"))
@@ -262,9 +264,9 @@ def test_it_is_legible_on_every_screen(width, scheme, tmp_path, chromium):
             )
             with pytest.raises(moorage.Error):
                 await client.load("nobody/nothing", "internal", "nothing")
-            await until(page, ".state", "LOADING")
-            await until(page, "#errors", "CHECKPOINT_NOT_FOUND")
-            await until(page, ".tile", "30 in 2 forward passes")
+            await shows(page, ".state", "LOADING")
+            await shows(page, "#errors", "CHECKPOINT_NOT_FOUND")
+            await shows(page, ".tile", "30 in 2 forward passes")
             for name in ("status", "layout"):
                 path = folder / f"{name}-{width}-{scheme}.png"
                 await page.screenshot(path=path, full_page=True, animations="disabled")

@@ -10,6 +10,11 @@
 `moorage.aio.connect` gives the same for asyncio. Every exception is a `moorage.Error`.
 """
 
+import os
+
+# Read by gRPC as it is imported: it writes of each connection that ends, across bars and JSON logs.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 from moorage import aio
 from moorage.answers import Change, Lease, LoadProgress, Model, Stage
 from moorage.client import Client, connect
