@@ -206,9 +206,15 @@ def _part(shard: Bounds, start: Sequence[int], shape: Sequence[int]) -> Bounds:
 
 
 def _zeros(layout: Layout) -> jax.Array:
-    shape, dtype = layout.parameter.shape, numpy_dtype(layout.parameter.dtype)
-    array: jax.Array = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=layout.sharding)()
+    parameter = layout.parameter
+    array: jax.Array = _filled(parameter.shape, numpy_dtype(parameter.dtype), layout.sharding)
     return array
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _filled(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding) -> Array:
+    """Zeros; the next load of such a parameter finds the program."""
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
