@@ -455,7 +455,7 @@ def test_grpc_writes_nothing_between_the_lines_of_a_terminal():
     settings, goaway = "000000 04 00 00000000", "000008 07 00 00000000 00000000 00000002"
     code = "import moorage; moorage.connect({!r}, timeout=1).info()"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = "127.0.0.1:{}".format(server.getsockname()[1])
+        address = f"127.0.0.1:{server.getsockname()[1]}"
         command = [sys.executable, "-c", code.format(address)]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         connection, _ = server.accept()

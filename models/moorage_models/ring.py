@@ -214,7 +214,8 @@ def _zeros(layout: Layout) -> jax.Array:
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _filled(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding) -> Array:
     """Zeros; the next load of such a parameter finds the program."""
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+    zeros: Array = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+    return zeros
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
