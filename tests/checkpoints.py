@@ -57,7 +57,8 @@ def make_wide(folder: Path, name: str) -> Path:
     """Two random layers of a real width, as a checkpoint like that golden one."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": 1536, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    config = golden_config(name) | sizes | {"vocab_size": 3000, "tie_word_embeddings": False}
+    sizes |= {"vocab_size": 3000, "max_position_embeddings": 8192}
+    config = golden_config(name) | sizes | {"tie_word_embeddings": False}
     shapes = {
         "input_layernorm": (WIDTH,),
         "post_attention_layernorm": (WIDTH,),

@@ -17,6 +17,7 @@ import pytest
 
 import real_models
 from checkpoints import GOLDEN, VARIANTS, make_wide, mesh_of, open_folder
+from moorage_models.attention import KEY_RUN
 from moorage_models.checkpoint import Checkpoint
 from moorage_models.config import ModelConfig
 from moorage_models.monitor import LoadMonitor
@@ -128,6 +129,48 @@ def test_whatever_the_bucket_of_a_real_model(dtype: str) -> None:
             found = scores(engine, checkpoint.config, rows, [bucket])
             wanted = wanted or found
             assert same(found, wanted), (size, bucket)
+
+
+# Segments that a caller packs.
+
+#: Lengths of each row's segments, in runs of keys.
+PACKED = [(4, 5, 1), (1, 7, 6), (14, 5), (1, 20)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama3", "float32"),
+        pytest.param("llama3", "bfloat16", marks=pytest.mark.soak),
+        pytest.param("qwen3_untied", "float32", marks=pytest.mark.soak),
+        pytest.param("qwen3_untied", "bfloat16", marks=pytest.mark.soak),
+    ],
+)
+def test_whatever_a_segment_is_packed_with(tmp_path: Path, name: str, dtype: str) -> None:
+    """A segment at a multiple of 64, wherever the compiler cuts the keys of a row, and alone."""
+    checkpoint = open_folder(make_wide(tmp_path / "wide", name), "float32", dtype)
+    buckets = [Bucket(length, 1) for length in (128, 256, 512, 2048)]
+    profiles = (Profile(("logprobs",)), Profile(("hidden",)))
+    engine = serve(checkpoint, 1, buckets, profiles)
+    rng = np.random.default_rng(3)
+
+    def ask(segments: list[np.ndarray]) -> dict[str, np.ndarray]:
+        tokens = np.concatenate(segments)
+        numbers = np.repeat(np.arange(len(segments)) + 1, [len(one) for one in segments])
+        rows = make_rows(tokens.tolist(), [len(tokens)], numbers.tolist())
+        work = make_work(rows, Wanted(("logprobs", "hidden")), checkpoint.config, buckets, profiles)
+        score(work, buckets, 1, lambda *asked: engine.forward("model", *asked))
+        return work.tensors
+
+    for runs in PACKED:
+        lengths = [run * KEY_RUN for run in runs]
+        segments = [rng.integers(0, 3000, length) for length in lengths]
+        together, starts = ask(segments), np.cumsum([0, *lengths])
+        for start, segment in zip(starts, segments, strict=False):
+            for output, alone in ask([segment]).items():
+                found = together[output][start : start + len(segment)]
+                assert alone.tobytes() == found.tobytes(), (output, start, len(segment))
 
 
 # Every output, with companions from other requests.

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from moorage_models.config import ModelConfig
 from moorage_models.ops import Linear, contract, softcap
 from moorage_models.sharding import TP
 
@@ -17,6 +16,9 @@ QUERY_BLOCK = 256
 
 #: Rows run together as long as a device's block has no more scores: so many stay in its caches.
 BLOCK_SCORES = 1 << 20
+
+#: Keys that are added up at once on CPU: segments that start at multiples keep their bits.
+KEY_RUN = 64
 
 _MASKED = -(2.0**127)  # finite: a row that sees nothing gets the mean, never NaN
 
@@ -72,7 +74,7 @@ def attention(
     # Heads before tokens: else the CPU's compiler transposes the scores, not their operands.
     k, v = (jnp.moveaxis(repeat_heads(x, linear), 1, 2) for x in (k, v))
     q = jnp.transpose(q.reshape(batch, length, k.shape[1], -1, head_dim), (0, 2, 3, 1, 4))
-    block, ways = min(QUERY_BLOCK, length), linear.ways(batch)
+    block, ways = _block(length), linear.ways(batch)
     own_heads = heads // linear.mesh.shape[TP] if linear.on_tp("n") else heads
     rows = _rows_at_a_time(batch // ways, own_heads * block * length)
 
@@ -83,7 +85,8 @@ def attention(
         )
         queries = jax.lax.dynamic_slice_in_dim(own_q, start, block, axis=3)
         mask = seen.block(start, block, window, length)
-        return _attend(queries, own_k, own_v, mask, linear.config)
+        end = length if seen.segments is None else start + block
+        return _attend(queries, own_k, own_v, mask, end, linear)
 
     firsts, starts = jnp.arange(0, batch // ways, rows), jnp.arange(0, length, block)
     steps = (jnp.repeat(firsts, len(starts)), jnp.tile(starts, len(firsts)))
@@ -92,6 +95,15 @@ def attention(
     out = out.reshape(len(firsts), len(starts), ways, rows, *q.shape[1:3], block, head_dim)
     out = jnp.transpose(out, (2, 0, 3, 1, 6, 4, 5, 7))
     return linear.heads(out.reshape(batch, length, heads, head_dim))
+
+
+def _block(length: int) -> int:
+    """Queries a block, of which there are at least two if length is even.
+
+    One would be no loop, and XLA's CPU compiler multiplies bfloat16 in float32 where an operand is
+    transposed beside its product, with other bits than in a loop that is given it.
+    """
+    return QUERY_BLOCK if length > QUERY_BLOCK else length if length % 2 else length // 2
 
 
 def _rows_of(x: Array, first: Int[Array, ""], rows: int, ways: int) -> Array:
@@ -112,15 +124,52 @@ def _attend(
     k: Float[Array, "b k t h"],
     v: Float[Array, "b k t h"],
     mask: Bool[Array, "b q t"],
-    config: ModelConfig,
+    end: Int[Array, ""] | int,
+    linear: Linear,
 ) -> Float[Array, "b k g q h"]:
     batch, kv_heads, groups, block, head_dim = q.shape
     rows = q.reshape(batch, kv_heads, groups * block, head_dim)
-    scores = contract("bkrh,bkth->bkrt", rows, k, jnp.float32) * config.query_scale
-    scores = softcap(scores, config.attn_softcap).reshape(*q.shape[:4], -1)
+    scores = contract("bkrh,bkth->bkrt", rows, k, jnp.float32) * linear.config.query_scale
+    scores = softcap(scores, linear.config.attn_softcap).reshape(*q.shape[:4], -1)
     scores = jnp.where(jnp.expand_dims(mask, (1, 2)), scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*rows.shape[:3], -1)
-    return contract("bkrt,bkth->bkrh", weights, v, q.dtype).reshape(q.shape)
+    scores = scores.reshape(*rows.shape[:3], -1)
+    on_cpu = linear.mesh.devices.flat[0].platform == "cpu"
+    total, values = _sums(scores, v, end, min(KEY_RUN, v.shape[2]) if on_cpu else v.shape[2])
+    return (values / total).astype(q.dtype).reshape(q.shape)
+
+
+def _sums(
+    scores: Float32[Array, "b k r t"],
+    v: Float[Array, "b k t h"],
+    end: Int[Array, ""] | int,
+    size: int,
+) -> tuple[Float32[Array, "b k r 1"], Float32[Array, "b k r h"]]:
+    """The softmax's sums of weights and of weighted values, `size` keys after `size` keys.
+
+    A compiler that may cut all keys as it likes cuts from the first of the row on, and so adds up a
+    segment in another order at another place. The zeros around a segment change nothing, and those
+    from `end` on are left out.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+
+    def run(start: Array | int, size: int) -> tuple[Array, Array]:
+        own = jax.lax.dynamic_slice_in_dim(scores, start, size, axis=3)
+        values = jax.lax.dynamic_slice_in_dim(v, start, size, axis=2)
+        weights = jnp.exp(own - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return total, contract("bkrt,bkth->bkrh", weights.astype(v.dtype), values, jnp.float32)
+
+    def add(i: Array | int, sums: tuple[Array, Array], size: int = size) -> tuple[Array, Array]:
+        def added() -> tuple[Array, Array]:
+            total, values = run(i * step, size)
+            return sums[0] + total, sums[1] + values
+
+        found: tuple[Array, Array] = jax.lax.cond(i * step < end, added, lambda: sums)
+        return found
+
+    step, (whole, rest) = size, divmod(v.shape[2], size)
+    sums: tuple[Array, Array] = jax.lax.fori_loop(1, whole, add, run(0, size))
+    return add(whole, sums, rest) if rest else sums
 
 
 def repeat_heads(x: Float[Array, "b t k h"], linear: Linear) -> Float[Array, "b t r h"]:
