@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -79,6 +81,21 @@ def test_devices_take_the_memory_without_a_copy_and_keep_it() -> None:
     del array
     gc.collect()
     assert address(arena.allocate(2 * MIB)) == where
+
+
+def test_a_process_may_end_while_devices_compute() -> None:
+    code = """
+import jax, numpy as np
+from moorage_models.arena import Arena
+host = Arena().allocate(64 << 20)
+host[:] = 0
+host.flags.writeable = False
+x = jax.device_put(host.view(np.float32).reshape(4096, 4096))
+x.block_until_ready()
+y = jax.jit(lambda x: x @ x @ x @ x)(x)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def digest(params: dict[str, jax.Array]) -> str:

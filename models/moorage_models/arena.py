@@ -86,7 +86,8 @@ class Arena:
             address = self._take(size)
         address = address or _map(size)
         slot = _Slot(address, nbytes)
-        weakref.finalize(slot, self._end, address, size)
+        ends = weakref.finalize(slot, self._end, address, size)
+        ends.atexit = False  # devices may still compute when the interpreter ends
         self._collect()
         return np.asarray(slot)
 
