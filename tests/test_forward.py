@@ -4,6 +4,8 @@ import asyncio
 import concurrent.futures
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -380,6 +382,29 @@ def test_a_running_future_is_cancelled():
         assert hanging.cancelled.acquire(timeout=10)
         with pytest.raises(concurrent.futures.CancelledError):
             future.result()
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('a bug')"])
+def test_a_process_that_ends_waits_for_no_future(ending):
+    code = f"""
+import sys, moorage
+client = moorage.connect(sys.argv[1])
+waiting = [client.forward_async("a1b2", [[1, 2]]) for _ in range(40)]
+sys.stdin.readline()
+{ending}
+"""
+    hanging = Hanging()
+    with serving(Forward=hanging) as fake:
+        command = [sys.executable, "-c", code, fake.address]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as child:
+            assert hanging.running.acquire(timeout=20)
+            start = time.monotonic()
+            err = child.communicate("\n", timeout=20)[1]
+            assert time.monotonic() - start < 5
+    assert child.returncode == (1 if ending.startswith("raise") else 0)
+    assert err == "" or err.endswith("RuntimeError: a bug\n")
 
 
 def test_a_waiting_future_is_cancelled_and_never_sent(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -90,6 +91,7 @@ class ThreadPasses:
         self._pool = ThreadPoolExecutor(THREADS, "moorage forward")
         self._stops: set[Stop] = set()
         self._futures: set[Future[Scores]] = set()
+        _before_threads_are_joined(weakref.WeakMethod(self.stop))
 
     def run(self, batch: Batch) -> Scores:
         """Runs a forward pass.
@@ -280,3 +282,17 @@ class TaskPasses:
 
 def _stopped() -> Error:
     return Cancelled("the forward pass was cancelled, or its client was closed")
+
+
+def _before_threads_are_joined(stop: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Stops passes when the interpreter ends, which waits for their threads before `atexit`.
+
+    A trainer that failed would else stay until all is scored that it asked for.
+    """
+
+    def ended() -> None:
+        if method := stop():
+            method()
+
+    register: Callable[[Callable[[], None]], None] = threading._register_atexit  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    register(ended)
