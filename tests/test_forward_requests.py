@@ -153,6 +153,9 @@ WRONG = [
     ({"temperature": math.inf}, "temperature"),
     ({"temperature": math.nan}, "temperature"),
     ({"temperature": "1"}, "wrong kind"),
+    ({"timeout": "5"}, "timeout is '5'; give seconds"),
+    ({"timeout": math.nan}, "timeout is nan"),
+    ({"timeout": True}, "timeout is True"),
     ({"first_token": "none"}, "first_token is 'none'; known are nan, zero"),
     ({"logit_scale": "unspecified"}, "logit_scale is 'unspecified'; known are raw, scaled"),
     ({"first_token": ["nan"]}, "known are nan, zero"),
@@ -168,6 +171,11 @@ WRONG = [
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(moorage.InvalidRequest, match=message):
         one(**options)
+
+
+@pytest.mark.parametrize("timeout", [9e9, 1e300, math.inf, None])
+def test_what_is_longer_than_grpc_counts_is_any_time(timeout):
+    assert math.isinf(batch.make("h", [[1, 2]], ["logprobs"], None, timeout=timeout).deadline)
 
 
 def test_an_unknown_option_is_a_type_error():

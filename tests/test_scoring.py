@@ -409,10 +409,11 @@ IDS = np.arange(4, dtype=np.int32)
 @pytest.mark.parametrize(
     ("wanted", "problem"),
     [
-        ({"outputs": ("logprobs",), "temperature": 0.0}, "temperature 0.0 is not"),
-        ({"outputs": ("logprobs",), "temperature": -1.0}, "temperature -1.0 is not"),
-        ({"outputs": ("logprobs",), "temperature": NAN}, "temperature nan is not"),
-        ({"outputs": ("logprobs",), "temperature": np.inf}, "temperature inf is not"),
+        ({"outputs": ("logprobs",), "temperature": 0.0}, "temperature is 0.0; give"),
+        ({"outputs": ("logprobs",), "temperature": -1.0}, "temperature is -1.0; give"),
+        ({"outputs": ("logprobs",), "temperature": 1e-31}, "from 1e-30 on"),
+        ({"outputs": ("logprobs",), "temperature": NAN}, "temperature is nan; give"),
+        ({"outputs": ("logprobs",), "temperature": np.inf}, "temperature is inf; give"),
         ({"outputs": ("top_k",)}, "top_k is 0"),
         ({"outputs": ("top_k",), "top_k": 601}, "give 1 to 600"),
         ({"outputs": ("logprobs",), "top_k": 5}, "top_k is 5"),

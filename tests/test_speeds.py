@@ -75,3 +75,12 @@ def test_a_request_waits_for_others_at_the_best_speed_of_any():
     speeds.note("n", ONE, 128, 0.1)
     assert speeds.least_seconds("m", 128, 256) == pytest.approx(0.2 + 0.2)
     assert speeds.least_seconds("other", 128, 256) is None
+
+
+def test_a_dear_batch_does_not_make_a_cheap_one_late():
+    speeds = Speeds(Clock())
+    speeds.note("m", ONE, 128, 0.1)
+    for _ in range(20):
+        speeds.note("m", ONE, 128, 0.4)
+    assert speeds.seconds("m", ONE) == pytest.approx(0.4, rel=0.05)
+    assert speeds.least_seconds("m", 128, 0) == pytest.approx(0.1)

@@ -17,6 +17,7 @@ from moorage.errors import Error, InvalidRequest
 from moorage.options import FirstToken, LogitScale
 from moorage.packing import Row, groups, pack
 from moorage.rows import Rows, integers
+from moorage.transport import seconds_of
 from moorage.v1 import moorage_pb2 as pb
 
 _FIXED_BYTES = 128
@@ -106,7 +107,8 @@ def make(  # noqa: D417 (the options are told of in one place)
         InvalidRequest: A value is of the wrong kind or shape, or contradicts another.
         MessageTooLarge: One row alone is too large for a request.
     """
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    seconds = seconds_of(timeout)
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     flat, sets = _candidates(candidates)
     packed = pack(rows, from_position, segment_ids, positions, sets)
     semantics = pb.Semantics(

@@ -32,6 +32,7 @@ from moorage.transport import (
     cancelling,
     closed,
     handle_of,
+    seconds_of,
     stubs,
 )
 from moorage.v1 import moorage_pb2 as pb
@@ -82,7 +83,7 @@ class Client:
         self, address: str, timeout: float | None, credentials: Credentials | None = None
     ) -> None:
         self.address = address
-        self._timeout = timeout
+        self._timeout = seconds_of(timeout)
         credentials = credentials or Credentials()
         self._channel = credentials.channel(grpc, address)
         self._open: Stubs | None = stubs(self._channel, partial(Carrying, credentials=credentials))

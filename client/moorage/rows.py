@@ -15,6 +15,9 @@ Rows: TypeAlias = Iterable[Any]
 
 Integers: TypeAlias = NDArray[np.int32]
 
+_KINDS = {"b": "bool", "f": "float", "i": "integer", "O": "mixed", "u": "integer", "U": "text"}
+"""What is in an array, by the kind of its dtype."""
+
 _SHAPES = ("an integer", "a flat row of integers", "a table of integers")
 
 
@@ -63,12 +66,16 @@ def integers(value: Any, name: str, axes: int = 1) -> Integers:
     if array.ndim == axes and array.shape[-1:] == (0,):
         raise InvalidRequest(f"{name} is empty; leave it out", reason="ROW_EMPTY")
     if array.ndim != axes or array.dtype.kind not in "iu":
-        raise InvalidRequest(
-            f"{name} must be {_SHAPES[axes]}, not {array.dtype} {list(array.shape)}"
-        )
+        raise InvalidRequest(f"{name} must be {_SHAPES[axes]}, not {_kind(array)}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
         raise InvalidRequest(
             f"{name} holds {array.min()} to {array.max()}; 32-bit integers are sent",
             reason="TOKEN_OUT_OF_RANGE",
         )
     return array.astype(np.int32)
+
+
+def _kind(array: NDArray[Any]) -> str:
+    """What somebody gave, in words."""
+    kind = _KINDS.get(array.dtype.kind, f"{array.dtype}")
+    return f"{kind} of shape {list(array.shape)}" if array.ndim else f"one {kind}"

@@ -8,11 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Generic, Protocol, TypeVar
 
 from moorage import decode
 from moorage.answers import Change, LoadProgress, Model, Scorer, T_co
-from moorage.errors import Error, FailedPrecondition, InternalError, Unavailable
+from moorage.errors import (
+    Error,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    Unavailable,
+)
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 
@@ -34,6 +41,8 @@ PATIENCE = 600.0
 
 BREAKS = 5
 """How often one load is resumed that was answered again: it may be what ends the server."""
+
+_ENDLESS_SECONDS = 1e8  # three years; gRPC's clock ends
 
 FIRST_PAUSE = 0.25
 """Seconds before a call is resumed; as long as there is no answer each pause is twice as long."""
@@ -87,6 +96,25 @@ def stubs(channel: Any, carrying: Callable[[Any], Any] = lambda stub: stub) -> S
 def address_of(address: str | None) -> str:
     """Says which server is meant: the argument, else MOORAGE_SERVER, else the default."""
     return address or os.environ.get("MOORAGE_SERVER") or DEFAULT_ADDRESS
+
+
+def seconds_of(timeout: Any) -> float | None:
+    """Checks a timeout.
+
+    Args:
+        timeout: Seconds, or None for any time.
+
+    Returns:
+        The same; None for more than gRPC can count.
+
+    Raises:
+        InvalidRequest: It is no number.
+    """
+    if timeout is None:
+        return None
+    if not isinstance(timeout, Real) or isinstance(timeout, bool) or math.isnan(timeout):
+        raise InvalidRequest(f"timeout is {timeout!r:.40}; give seconds, or None for any time")
+    return float(timeout) if timeout < _ENDLESS_SECONDS else None
 
 
 def handle_of(model: Model[Any] | str) -> str:

@@ -18,6 +18,8 @@ from moorage_server.rows import Rows, check_rows
 #: The largest answer, in bytes.
 MAX_OUTPUT_BYTES = 1 << 30
 
+_COLDEST = 1e-30  # logits of real models, divided by less, are not finite in float32
+
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -214,8 +216,8 @@ def _check_wanted(rows: Rows, wanted: Wanted, config: ModelConfig) -> None:
     tokens, layers, vocabulary = len(rows.tokens), config.num_layers, config.vocab_size
     firsts, positions = wanted.from_positions, wanted.positions
     rules = {
-        f"temperature {wanted.temperature} is not positive and finite": (
-            0 < wanted.temperature < math.inf
+        f"temperature is {wanted.temperature}; give a finite one from {_COLDEST} on": (
+            _COLDEST <= wanted.temperature < math.inf
         ),
         f"top_k is {wanted.top_k}; give 1 to {vocabulary} with the output top_k, else none": (
             1 <= wanted.top_k <= vocabulary if "top_k" in wanted.outputs else not wanted.top_k

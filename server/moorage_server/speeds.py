@@ -15,9 +15,10 @@ _SMOOTHING = 0.2  # weight of the latest batch
 
 @dataclass
 class _Speed:
-    """Tokens a second, padding included, and when that was last measured."""
+    """Tokens a second, padding included: of late, at the best, and when that was last measured."""
 
     tokens: float
+    best: float
     measured: float
 
 
@@ -49,9 +50,11 @@ class Speeds:
         """
         seconds, earlier = max(seconds, 1e-6), self._speeds.get((handle, bucket))
         full = bucket.rows * bucket.length / seconds
-        speed = _smoothed(earlier.tokens if earlier else full, full)
+        if earlier is None or not self._is_new(earlier):
+            earlier = _Speed(full, full, self._now())
+        latest = _Speed(_smoothed(earlier.tokens, full), max(earlier.best, full), self._now())
         fresh = {key: speed for key, speed in self._speeds.items() if self._is_new(speed)}
-        self._speeds = fresh | {(handle, bucket): _Speed(speed, self._now())}
+        self._speeds = fresh | {(handle, bucket): latest}
         self.pace = _smoothed(self.pace or tokens / seconds, tokens / seconds)
 
     def seconds(self, handle: str, bucket: Bucket) -> float | None:
@@ -67,14 +70,14 @@ class Speeds:
     def least_seconds(self, handle: str, tokens: int, others: int) -> float | None:
         """How long a request takes at the least, after others; None if its model ran too long ago.
 
+        By the quickest batch: others may have asked for more of the head.
+
         Args:
             handle: Its model.
             tokens: Its tokens, padding included.
             others: Those of any models that run before it.
         """
-        fresh = [
-            (key[0], speed.tokens) for key, speed in self._speeds.items() if self._is_new(speed)
-        ]
+        fresh = [(key[0], speed.best) for key, speed in self._speeds.items() if self._is_new(speed)]
         own = [speed for model, speed in fresh if model == handle]
         return tokens / max(own) + others / max(speed for _, speed in fresh) if own else None
 
