@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moorage_server import accelerator
-from moorage_server.accelerator import hold_accelerators
+from moorage_server.accelerator import hold_accelerators, hold_state
 from moorage_server.errors import ServerError
 
 HOLD = (
@@ -54,3 +54,21 @@ def test_a_host_without_accelerators_holds_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator, "DEVICES", (f"{tmp_path}/accel*",))
     assert hold_accelerators(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_has_one_server(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from moorage_server import accelerator as a\n"
+    )
+    code += "lock = a.hold_state(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "state")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline() == "held\n"
+            with pytest.raises(
+                ValueError, match=f"state is held by process {first.pid}: .*its own"
+            ):
+                hold_state(tmp_path / "state")
+        finally:
+            first.kill()
+    hold_state(tmp_path / "state").release()

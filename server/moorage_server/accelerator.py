@@ -1,4 +1,4 @@
-"""One server an accelerator: who comes second is told who holds it."""
+"""One server an accelerator, and one a state: who comes second is told who holds it."""
 
 from __future__ import annotations
 
@@ -37,16 +37,32 @@ def hold_accelerators(folder: Path | None = None) -> list[FileLock]:
     return [_hold(name, folder) for name in names]
 
 
+def hold_state(folder: Path) -> FileLock:
+    """Takes a server's state for this process, as long as the lock is kept.
+
+    Raises:
+        ValueError: Another process has it; with its pid and command.
+        OSError: It is no folder that can be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return _lock(folder / "server.lock", f"state {folder}", "or give this one a state of its own")
+
+
 def _hold(device: str, folder: Path) -> FileLock:
     path = folder / f"moorage-{device.strip('/').replace('/', '-')}.lock"
+    try:
+        return _lock(path, device, "or use it")
+    except ValueError as error:
+        raise ServerError(Reason.ACCELERATOR_BUSY, str(error)) from None
+
+
+def _lock(path: Path, what: str, instead: str) -> FileLock:
     lock, holder = FileLock(path, mode=0o666), path.with_suffix(".holder")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ServerError(
-            Reason.ACCELERATOR_BUSY,
-            f"{device} is held by {_read(holder)}: stop that server, or use it",
-        ) from None
+        told = f"{what} is held by {_read(holder)}: stop that server, {instead}"
+        raise ValueError(told) from None
     holder.write_text(f"process {os.getpid()}: {' '.join(sys.orig_argv)}")
     return lock
 

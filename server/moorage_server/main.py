@@ -11,7 +11,7 @@ from moorage_models.errors import ModelError
 from moorage_models.sources import Policy
 from moorage_server import logs
 from moorage_server import settings as all_settings
-from moorage_server.accelerator import hold_accelerators
+from moorage_server.accelerator import hold_accelerators, hold_state
 from moorage_server.access import Access
 from moorage_server.cache import ModelCache
 from moorage_server.engine import Bucket, Engine
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("moorage serve: the settings are right")
             return 0
         logs.begin(settings.log_level, settings.log_format)
-        held = hold_accelerators()
+        held = [hold_state(settings.state)] if settings.state else []
+        held += hold_accelerators()
         engine = _engine(settings)
     except (ModelError, ServerError, OSError, ValueError) as error:
         for line in str(error).splitlines():
