@@ -66,7 +66,7 @@ def test_a_state_has_one_server(tmp_path):
         try:
             assert first.stdout.readline() == "held\n"
             with pytest.raises(
-                ValueError, match=f"state is held by process {first.pid}: .*its own"
+                ValueError, match=f"(?s)state is held by process {first.pid}: .*its own"
             ):
                 hold_state(tmp_path / "state")
         finally:

@@ -131,8 +131,9 @@ def test_every_product_goes_through_contract(name: str, dtype: str) -> None:
     config = config_of(name)
     jaxprs = jaxpr_of(config, dtype)
     assert bypasses(*jaxprs) == []
-    # q, k, v, o, scores, values and the head, then three of a dense layer or four of experts
-    assert len(products(*jaxprs)) == (11 if config.num_experts else 10)
+    # q, k, v, o, scores, values of the first and of further runs of keys, and the head, then three
+    # of a dense layer or four of experts
+    assert len(products(*jaxprs)) == (12 if config.num_experts else 11)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama3", "gemma2_reward"])
@@ -205,7 +206,7 @@ def test_the_trunk_holds_neither_squares_nor_logits(name: str) -> None:
 
 
 def test_a_block_as_long_as_the_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", LENGTH)
+    monkeypatch.setattr(attention, "_block", lambda length: length)
     body, _ = jaxpr_of(config_of("llama3"))
     assert held_squares(body)
 
