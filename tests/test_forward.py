@@ -407,6 +407,21 @@ sys.stdin.readline()
     assert err == "" or err.endswith("RuntimeError: a bug\n")
 
 
+def test_a_process_that_ends_may_still_ask():
+    code = """
+import atexit, sys, moorage
+
+@atexit.register
+def last():
+    with moorage.connect(sys.argv[1]) as client:
+        print(client.forward("a1b2", [[2, 651, 5277], [2, 1841]]).logprobs[0][1])
+"""
+    with serving(Forward=forward) as fake:
+        command = [sys.executable, "-c", code, fake.address]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (ended.stdout, ended.stderr) == ("-1.5\n", "")
+
+
 def test_a_waiting_future_is_cancelled_and_never_sent(monkeypatch):
     monkeypatch.setattr(passes, "THREADS", 1)
     hanging = Hanging()

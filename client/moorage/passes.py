@@ -295,4 +295,5 @@ def _before_threads_are_joined(stop: weakref.WeakMethod[Callable[[], None]]) -> 
             method()
 
     register: Callable[[Callable[[], None]], None] = threading._register_atexit  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    register(ended)
+    with suppress(RuntimeError):  # it ends already, and starts no more threads
+        register(ended)
