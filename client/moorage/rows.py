@@ -77,5 +77,5 @@ def integers(value: Any, name: str, axes: int = 1) -> Integers:
 
 def _kind(array: NDArray[Any]) -> str:
     """What somebody gave, in words."""
-    kind = _KINDS.get(array.dtype.kind, f"{array.dtype}")
+    kind = _KINDS.get(array.dtype.kind, str(array.dtype))
     return f"{kind} of shape {list(array.shape)}" if array.ndim else f"one {kind}"

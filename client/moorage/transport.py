@@ -13,13 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from moorage import decode
 from moorage.answers import Change, LoadProgress, Model, Scorer, T_co
-from moorage.errors import (
-    Error,
-    FailedPrecondition,
-    InternalError,
-    InvalidRequest,
-    Unavailable,
-)
+from moorage.errors import Error, FailedPrecondition, InternalError, InvalidRequest, Unavailable
 from moorage.v1 import moorage_pb2 as pb
 from moorage.v1 import moorage_pb2_grpc as pb_grpc
 

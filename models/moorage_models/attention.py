@@ -159,17 +159,19 @@ def _sums(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         return total, contract("bkrt,bkth->bkrh", weights.astype(v.dtype), values, jnp.float32)
 
-    def add(i: Array | int, sums: tuple[Array, Array], size: int = size) -> tuple[Array, Array]:
+    def add(start: Array | int, size: int, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         def added() -> tuple[Array, Array]:
-            total, values = run(i * step, size)
+            total, values = run(start, size)
             return sums[0] + total, sums[1] + values
 
-        found: tuple[Array, Array] = jax.lax.cond(i * step < end, added, lambda: sums)
+        found: tuple[Array, Array] = jax.lax.cond(start < end, added, lambda: sums)
         return found
 
-    step, (whole, rest) = size, divmod(v.shape[2], size)
-    sums: tuple[Array, Array] = jax.lax.fori_loop(1, whole, add, run(0, size))
-    return add(whole, sums, rest) if rest else sums
+    whole, rest = divmod(v.shape[2], size)
+    sums: tuple[Array, Array] = jax.lax.fori_loop(
+        1, whole, lambda i, sums: add(i * size, size, sums), run(0, size)
+    )
+    return add(whole * size, rest, sums) if rest else sums
 
 
 def repeat_heads(x: Float[Array, "b t k h"], linear: Linear) -> Float[Array, "b t r h"]:

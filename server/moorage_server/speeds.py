@@ -48,13 +48,12 @@ class Speeds:
             tokens: How many tokens of the queue that were.
             seconds: How long it took.
         """
-        seconds, earlier = max(seconds, 1e-6), self._speeds.get((handle, bucket))
+        seconds, key = max(seconds, 1e-6), (handle, bucket)
         full = bucket.rows * bucket.length / seconds
-        if earlier is None or not self._is_new(earlier):
-            earlier = _Speed(full, full, self._now())
-        latest = _Speed(_smoothed(earlier.tokens, full), max(earlier.best, full), self._now())
         fresh = {key: speed for key, speed in self._speeds.items() if self._is_new(speed)}
-        self._speeds = fresh | {(handle, bucket): latest}
+        earlier = fresh.get(key) or _Speed(full, full, self._now())
+        fresh[key] = _Speed(_smoothed(earlier.tokens, full), max(earlier.best, full), self._now())
+        self._speeds = fresh
         self.pace = _smoothed(self.pace or tokens / seconds, tokens / seconds)
 
     def seconds(self, handle: str, bucket: Bucket) -> float | None:
